@@ -1,0 +1,46 @@
+// Perplexity, and KL against a reference model, over windows of tokens.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "calib/dataset.hpp"
+#include "calib/forward.hpp"
+#include "calib/weights.hpp"
+#include "common/progress.hpp"
+#include "formats/statistics.hpp"
+
+namespace fireq::calib {
+
+struct EvaluationResult {
+  double ppl = 0, nll_per_token = 0, nll_stderr = 0;  // stderr of the mean over scored tokens
+  std::uint64_t tokens = 0, windows = 0, scored = 0;
+  double seconds = 0;  // forward and scoring, without loading and tokenising
+  // With a reference: KL(reference || model) in nats per scored token, and share of equal argmax.
+  std::optional<double> kl_mean, kl_max, top1_agree;
+};
+
+struct EvaluationOptions {
+  Precision precision;
+  int threads = 0;
+  const WeightSource* reference = nullptr;  // run in FP32
+  Precision reference_precision;
+};
+
+EvaluationResult evaluate(const WeightSource& model, const Windows& windows, const EvaluationOptions& options,
+                          Progress& progress);
+
+// FP32 logits [n, vocab] of the first n tokens of one window (for golden tests and validate).
+std::vector<float> window_logits(const WeightSource& model, std::span<const std::int32_t> ids,
+                                 const Precision& precision, int threads);
+
+// Runs every layer over the windows once, streaming weights; `after_layer` is told each finished layer.
+// Returns nothing: observers collect.
+formats::CalibrationStatistics calibrate(const WeightSource& model, const Windows& windows, int threads,
+                                         Progress& progress);
+
+}  // namespace fireq::calib

@@ -1,0 +1,48 @@
+// Recipe: every choice of one quantisation run, from a preset or JSON; saved whole in the output's
+// config.json. The only source of settings.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "libquant/quantized_linear.hpp"
+
+namespace fireq::calib {
+
+enum class ValueScaling : std::uint8_t {
+  off,
+  channel,
+  scalar
+};  // Lambda_1: per value channel, or the release's scalar 0.9
+
+struct Recipe {
+  std::string preset = "paper";  // where it started from: "paper", "rtn", "fast", "custom"
+  libquant::WeightQuantizerOptions weights;
+  bool weighted_search = false;  // sigma search weighted by mean x^2 of each input channel
+  // Smoothing of weights.
+  ValueScaling lambda1 = ValueScaling::off;
+  double lambda1_c = 0.0096;  // target mean |w| of o_proj's columns
+  double lambda1_scalar = 0.9;
+  bool lambda2 = false;
+  double lambda2_c = 0.0096;
+  bool lambda3 = false;
+  double lambda3_c = 0.015;
+  // Keys.
+  bool key_n = false;
+  bool key_s = false;
+  double key_alpha = 8, key_beta = 8, key_n_exponent = 1, key_s_exponent = 1;
+  std::uint64_t key_top_k = 0;  // 0: max(1, round(head_dim/16))
+  // A power of two per KV head in W_v and W_o that keeps sigma_V normal.
+  bool value_power_of_two = false;
+  bool kv_cache = true;  // the folder asks for the INT4 cache
+
+  bool needs_statistics() const noexcept { return weighted_search || key_n || key_s || value_power_of_two; }
+};
+
+Recipe preset_recipe(const std::string& name);  // Error(usage) naming the presets
+// JSON with a "preset" to start from and any keys below it. Unknown keys, types and ranges are refused,
+// naming the key and the nearest valid one (Error(usage)).
+Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors);
+std::string recipe_to_json(const Recipe& recipe);  // canonical: sorted keys, every key present
+
+}  // namespace fireq::calib

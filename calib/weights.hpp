@@ -1,0 +1,69 @@
+// The weights of a checkpoint as the forward pass uses them, one decoder layer at a time, in FP32.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/checkpoint.hpp"
+#include "formats/fireq_folder.hpp"
+#include "formats/model_config.hpp"
+#include "libquant/quantized_linear.hpp"
+
+namespace fireq::calib {
+
+// y[n] = row_scale[n] * sum_k x[k] * weight[n, k] + bias[n]. For packed weights `weight` holds the operands'
+// values and row_scale r; for original weights row_scale is empty (ones).
+struct LinearWeights {
+  std::string name;
+  std::uint64_t rows = 0, cols = 0;
+  std::vector<float> weight;     // [rows, cols]
+  std::vector<float> row_scale;  // empty, [1] or [rows]
+  std::vector<float> bias;       // empty or [rows]
+};
+
+enum LinearIndex : std::size_t { kQ = 0, kK, kV, kO, kGate, kUp, kDown, kLinears };
+
+struct LayerWeights {
+  std::array<LinearWeights, kLinears> linear;
+  std::vector<float> attn_norm, mlp_norm;  // [hidden]
+  std::vector<float> q_norm, k_norm;       // empty or [head_dim]
+  std::vector<float> k_post_rope_scale;    // S: empty or [kv_heads, head_dim]; K *S, Q /S after RoPE
+};
+
+class WeightSource {
+ public:
+  WeightSource() = default;
+  WeightSource(const WeightSource&) = delete;
+  WeightSource& operator=(const WeightSource&) = delete;
+  virtual ~WeightSource() = default;
+
+  virtual const formats::ModelConfig& config() const noexcept = 0;
+  virtual const formats::CheckpointReader& reader() const noexcept = 0;
+  virtual bool packed() const noexcept = 0;  // a FireQ folder
+  virtual LayerWeights load_layer(std::uint64_t layer, int threads) const = 0;
+  // Rows of the embedding for these ids -> [ids, hidden]. An id >= vocab is an Error(input).
+  virtual void embed(std::span<const std::int32_t> ids, std::span<float> out) const = 0;
+  virtual std::vector<float> final_norm() const = 0;
+  // Rows [begin, begin+count) of the output head (the embedding when tied) as FP32 [count, hidden].
+  virtual void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const = 0;
+  // Packed folders: the quantised matrix of one linear.
+  virtual libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const = 0;
+  // Packed folders: the folder's quantization_config.
+  virtual const formats::QuantizationConfig* quantization() const noexcept = 0;
+};
+
+// HF folder or FireQ folder, told apart by config.json. Checks every tensor's presence and shape against the
+// config first (fused qkv_proj / gate_up_proj tensors are understood).
+std::unique_ptr<WeightSource> open_weights(const std::string& folder);
+
+// FP32 values of a F32/F16/BF16 tensor; Error(input) naming tensor and index when a value is NaN or Inf and
+// `check_finite`.
+void tensor_to_float(const TensorView& view, std::uint64_t begin_element, std::span<float> out,
+                     bool check_finite);
+
+}  // namespace fireq::calib

@@ -1,0 +1,35 @@
+# Flags that every target of ours gets, and helpers that keep the folders' CMakeLists short.
+add_library(fireq_flags INTERFACE)
+target_compile_options(fireq_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wconversion;-Wsign-conversion;-Wshadow>
+  # FMA contraction would make results depend on the compiler's choices; fused operations are written where they are wanted.
+  $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>)
+if(FIREQ_WERROR)
+  target_compile_options(fireq_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
+endif()
+if(FIREQ_SANITIZE)
+  target_compile_options(fireq_flags INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FIREQ_SANITIZE};-fno-omit-frame-pointer;-fno-sanitize-recover=all>)
+  target_link_options(fireq_flags INTERFACE -fsanitize=${FIREQ_SANITIZE})
+endif()
+target_include_directories(fireq_flags INTERFACE ${CMAKE_SOURCE_DIR})
+
+# fireq_library(NAME SOURCES a.cpp ... [PUBLIC libs] [PRIVATE libs])
+function(fireq_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(${name} PUBLIC fireq_flags ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+endfunction()
+
+# fireq_test(NAME SOURCES a.cpp ... LINK libs [LABELS l]): a GoogleTest program whose cases are listed one by one in ctest.
+function(fireq_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LINK;LABELS" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 600)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE fireq_flags ${ARG_LINK} GTest::gtest GTest::gmock GTest::gtest_main)
+  target_compile_definitions(${name} PRIVATE FIREQ_TEST_DATA="${FIREQ_DATA_DIR}" FIREQ_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+endfunction()

@@ -1,0 +1,75 @@
+// safetensors: a memory-mapped reader that checks everything before a byte of data is touched, and a
+// streaming writer.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/tensor.hpp"
+#include "formats/file_system.hpp"
+
+namespace fireq::formats {
+
+struct TensorInfo {
+  std::string name;
+  Dtype dtype = Dtype::f32;
+  std::vector<std::uint64_t> shape;
+  std::uint64_t begin = 0;  // relative to the data section
+  std::uint64_t end = 0;
+};
+
+struct SafetensorsHeader {
+  std::vector<TensorInfo> tensors;  // in order of their offsets
+  std::map<std::string, std::string> metadata;
+  std::uint64_t data_start = 0;  // 8 + header length
+};
+
+// The one validation of a file's header (docs: rules in safetensors.cpp). `head` holds at least the length
+// word and the header; `file_size` is the whole file's size. Throws Error(input).
+SafetensorsHeader parse_safetensors_header(std::span<const std::byte> head, std::uint64_t file_size);
+
+class SafetensorsFile {
+ public:
+  explicit SafetensorsFile(const std::string& path);
+  ~SafetensorsFile();
+  SafetensorsFile(SafetensorsFile&&) noexcept;
+  SafetensorsFile& operator=(SafetensorsFile&&) noexcept;
+
+  const std::string& path() const noexcept;
+  const SafetensorsHeader& header() const noexcept;
+  TensorView tensor(const TensorInfo& info) const;
+  // Tells the kernel that the pages of this tensor are not needed again soon (keeps resident memory small).
+  void release(const TensorInfo& info) const noexcept;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Streaming writer. Declare every tensor first (the header is written from them), then append data in that
+// order.
+struct TensorPlan {
+  std::string name;
+  Dtype dtype = Dtype::f32;
+  std::vector<std::uint64_t> shape;
+};
+
+class SafetensorsWriter {
+ public:
+  SafetensorsWriter(FileSystem& fs, const std::string& path, std::vector<TensorPlan> plan,
+                    const std::map<std::string, std::string>& metadata);
+  ~SafetensorsWriter();
+  SafetensorsWriter(const SafetensorsWriter&) = delete;
+  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
+  void append(std::span<const std::byte> bytes);  // any cut; tensors follow one another
+  void finish();                                  // checks that all bytes came, fsync, close
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace fireq::formats

@@ -1,0 +1,64 @@
+// Calibration statistics as plain data, and their HDF5 file (docs/checkpoint-format.md, "Statistics file").
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "formats/file_system.hpp"
+
+namespace fireq::formats {
+
+enum class Site : std::uint8_t { attn_in, q, k_pre_rope, k_post_rope, v, o_in, mlp_in, down_in };
+inline constexpr std::size_t kSites = 8;
+std::string_view site_name(Site site) noexcept;
+
+// Log2 histogram of |x|: bin 0 holds |x| < 2^-16 (zero too), bin i holds [2^(i-17), 2^(i-16)), the last bin
+// everything above.
+inline constexpr std::size_t kHistogramBins = 40;
+
+// Sums over tokens, per channel. Mergeable: maxima and counts exact, FP64 sums to 1e-12.
+struct SiteStatistics {
+  std::vector<float> absmax;             // [C]
+  std::vector<double> abssum;            // [C] sum |x|; the file stores absmean = abssum / count
+  std::vector<double> sumsq;             // [C] sum x^2
+  std::vector<double> sum3;              // [C] sum x^3 (kurtosis inputs)
+  std::vector<double> sum4;              // [C] sum x^4
+  std::vector<double> sum1;              // [C] sum x
+  std::vector<std::uint64_t> histogram;  // [kHistogramBins] over all channels
+  std::uint64_t count = 0;               // tokens
+
+  bool empty() const noexcept { return count == 0; }
+  void merge(const SiteStatistics& other);  // Error(input) when channel counts differ
+};
+
+struct LayerStatistics {
+  std::array<SiteStatistics, kSites> sites;
+  std::vector<float> k_pair_radius;  // [kv_heads * head_dim/2], max over tokens of the pre-RoPE pair radius
+
+  SiteStatistics& site(Site s) { return sites[static_cast<std::size_t>(s)]; }
+  const SiteStatistics& site(Site s) const { return sites[static_cast<std::size_t>(s)]; }
+  void merge(const LayerStatistics& other);
+};
+
+struct StatisticsMeta {
+  std::string model_fingerprint;
+  std::string text_fingerprint;  // of the token ids; merging combines them order-independently
+  std::uint64_t tokens = 0;
+  std::uint64_t windows = 0;
+  std::uint64_t seed = 0;
+  std::uint64_t kv_heads = 0, head_dim = 0;
+};
+
+struct CalibrationStatistics {
+  StatisticsMeta meta;
+  std::vector<LayerStatistics> layers;
+  void merge(const CalibrationStatistics& other);  // refuses another model's
+};
+
+void write_statistics(FileSystem& fs, const std::string& path, const CalibrationStatistics& statistics);
+CalibrationStatistics read_statistics(const std::string& path);
+
+}  // namespace fireq::formats

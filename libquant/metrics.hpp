@@ -1,0 +1,37 @@
+// Error metrics and outlier statistics, FP64 sums in a fixed order.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+namespace fireq::libquant {
+
+// Sums of squares of a reference and of the difference to it; mergeable.
+struct ErrorSums {
+  double reference_sq = 0;
+  double error_sq = 0;
+  double max_abs_error = 0;
+  void add(std::span<const float> reference, std::span<const float> value);
+  void merge(const ErrorSums& other);
+  double relative() const;  // Frobenius norm of the error over the reference's; 0 for 0/0, inf for x/0
+  double snr_db() const;    // -20 log10(relative)
+  double relative_mse() const;
+};
+
+// Per-channel moments of activations or weights; mergeable.
+struct ChannelSummary {
+  double absmax = 0, rms = 0, max_over_rms = 0, kurtosis = 0;
+};
+struct OutlierChannel {
+  std::uint64_t channel = 0;
+  double absmax = 0;
+  double ratio = 0;  // absmax over the site's median channel absmax
+};
+// From per-channel absmax [C], sum x^2 [C], sum x^4 [C] and a count of tokens per channel.
+ChannelSummary summarize(std::span<const float> absmax, std::span<const double> sumsq,
+                         std::span<const double> sum4, std::uint64_t count);
+std::vector<OutlierChannel> top_outliers(std::span<const float> absmax, std::size_t k);
+
+}  // namespace fireq::libquant

@@ -1,0 +1,1 @@
+#include "libquant/number_formats.hpp"

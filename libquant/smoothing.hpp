@@ -1,0 +1,66 @@
+// Smoothing factors (docs/numerics.md, "Smoothing"): channel-wise scaling of weights, and RoPE-aware scaling
+// of keys. Functions compute factors and scale FP32 matrices in place; who owns which matrix is the caller's
+// business.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace fireq::libquant {
+
+// W [rows, cols] row-major.
+struct MatrixRef {
+  std::span<float> data;
+  std::uint64_t rows = 0;
+  std::uint64_t cols = 0;
+};
+struct ConstMatrixRef {
+  std::span<const float> data;
+  std::uint64_t rows = 0;
+  std::uint64_t cols = 0;
+};
+
+struct ChannelScales {
+  std::vector<float> lambda;  // one per input channel
+  std::uint64_t clamped = 0;  // how many hit [2^-8, 2^8] x median
+  std::uint64_t zero = 0;     // zero columns, left at 1
+};
+
+// lambda_j = c / mean_o |w_oj| over all matrices that read the input (same cols).
+ChannelScales channel_scales(std::span<const ConstMatrixRef> readers, double c);
+// Lambda_1: o_proj [H, heads*D]; one lambda per value channel (g, d) from the R = heads/kv_heads columns it
+// feeds. lambda has kv_heads*D entries.
+ChannelScales value_channel_scales(const ConstMatrixRef& o_proj, std::uint64_t heads, std::uint64_t kv_heads,
+                                   std::uint64_t head_dim, double c);
+// Spreads value channel factors (kv_heads*D) to o_proj's columns (heads*D).
+std::vector<float> expand_value_channels(std::span<const float> lambda, std::uint64_t heads,
+                                         std::uint64_t kv_heads, std::uint64_t head_dim);
+
+void scale_columns(const MatrixRef& w, std::span<const float> factor);
+void divide_rows(const MatrixRef& w, std::span<const float> factor);
+void scale_rows(const MatrixRef& w, std::span<const float> factor);
+void divide(std::span<float> v, std::span<const float> factor);
+void scale(std::span<float> v, std::span<const float> factor);
+
+// Keys. D = head_dim, pairs are (i, i + D/2).
+struct KeySmoothing {
+  std::vector<float> n;  // [kv_heads, D], 1 where off; K rows *n, Q rows /n (offline)
+  std::vector<float> s;  // [kv_heads, D], 1 where off; K *s, Q /s after RoPE (online)
+};
+struct KeySmoothingOptions {
+  bool use_n = true;
+  bool use_s = true;
+  bool shared_heads = false;  // QK-norm with one weight vector for all heads: one N for all
+  double alpha = 8;
+  double beta = 8;
+  double n_exponent = 1;  // N = (alpha/r)^e
+  double s_exponent = 1;
+  std::uint64_t top_k = 0;  // 0: max(1, round(D/16))
+};
+// pair_radius [kv_heads, D/2]: r; post_rope_absmax [kv_heads, D]: m, without N. A zero r or m leaves 1.
+KeySmoothing key_smoothing(std::span<const float> pair_radius, std::span<const float> post_rope_absmax,
+                           std::uint64_t kv_heads, std::uint64_t head_dim,
+                           const KeySmoothingOptions& options);
+
+}  // namespace fireq::libquant
