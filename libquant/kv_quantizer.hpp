@@ -1,4 +1,6 @@
-// INT4 key/value cache and FP8 queries and probabilities (docs/numerics.md, "KV cache").
+// INT4 key/value cache and FP8 queries and probabilities (docs/numerics.md, "KV cache"). FP32 IEEE arithmetic
+// in the order written. Error(input) for keys, values or queries that are not finite, naming the channel;
+// Error(internal) for sizes that do not match.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +23,8 @@ float quantize_kv_in_place(std::span<float> x);
 float quantize_query_in_place(std::span<float> x);
 
 // P8 for one query row over one block of keys: p[j] (softmax numerators or probabilities, >= 0) times
-// sigma_v[j] becomes RN8(448 * p * sigma_v / m), m = max of sigma_v over the block. p is replaced by the FP8
-// values; returns m / 448, the factor to apply in FP32 to the block's sum. sigma_v may be empty (V not
+// sigma_v[j] becomes RN8((448 * p) * sigma_v / m), m = max of sigma_v over the block. p is replaced by the
+// FP8 values; returns m / 448, the factor to apply in FP32 to the block's sum. sigma_v may be empty (V not
 // quantised: all ones).
 float quantize_probabilities_in_place(std::span<float> p, std::span<const float> sigma_v);
 

@@ -25,8 +25,10 @@ struct Levels {
 // Throws Error(input) naming the first rule that is broken.
 void check_levels(const Levels& levels);
 
-// operand[sigma][i] = RN8(levels[i] * decode(sigma)) as an FP8 byte (sign 0) and as its value, for the 127
-// positive sigma bytes 0x00..0x7e (row 0 and 0x7f are zero and never used by valid files).
+// operand[sigma][i] = RN8(levels[i] * decode(sigma)), the exact product rounded once, as an FP8 byte (sign 0)
+// and as its value, for sigma bytes 0x00..0x7e (rows 0 and 0x7f are zero and never used by valid files). A
+// GPU table is best copied from here: rounding the product to FP32 first can differ for levels with many
+// mantissa bits.
 struct ProductTable {
   std::array<std::array<std::uint8_t, 8>, 128> byte{};
   std::array<std::array<float, 8>, 128> value{};

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 namespace fireq::libquant {
 
@@ -13,6 +14,7 @@ inline constexpr float kFp8Tiny = 0x1p-9F;  // smallest subnormal
 // RN8: saturates at +-448 (infinities too); NaN gives 0x7f. Keeps the sign of zero.
 std::uint8_t encode_e4m3(float value) noexcept;
 float decode_e4m3(std::uint8_t byte) noexcept;
+std::uint8_t encode_e4m3_from_double(double value) noexcept;  // one rounding, not two through FP32
 inline float round_e4m3(float value) noexcept {
   return decode_e4m3(encode_e4m3(value));
 }
@@ -26,12 +28,18 @@ inline float round_bf16(float value) noexcept {
 std::uint16_t encode_f16(float value) noexcept;
 float decode_f16(std::uint16_t bits) noexcept;
 
-// Bulk forms, vectorised; same results as the scalar ones. Sizes must match.
+// decode_* keep a NaN's payload. Conversions assume the default rounding mode and no flush-to-zero.
+
+// Bulk forms, vectorised; same results as the scalar ones. Error(internal) when sizes differ.
 void decode_e4m3(std::span<const std::uint8_t> in, std::span<float> out);
 void encode_e4m3(std::span<const float> in, std::span<std::uint8_t> out);
 void decode_bf16(std::span<const std::uint16_t> in, std::span<float> out);
 void encode_bf16(std::span<const float> in, std::span<std::uint16_t> out);
 void decode_f16(std::span<const std::uint16_t> in, std::span<float> out);
 void encode_f16(std::span<const float> in, std::span<std::uint16_t> out);
+
+// The instruction set that libquant's loops run on in this process: a Highway target such as "AVX2", or
+// "plain". Results do not depend on it; benches and `validate` print it.
+std::string_view simd_target() noexcept;
 
 }  // namespace fireq::libquant

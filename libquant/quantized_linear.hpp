@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/tensor.hpp"
 #include "libquant/levels.hpp"
 
 namespace fireq::libquant {
@@ -30,7 +31,8 @@ struct QuantizedLinear {
   }
 };
 
-// Same shape with all vectors allocated; row_scales of size rows, or 1 when per_tensor.
+// Same shape with all vectors allocated (codes 0, sigma 0x01, r 1); row_scales of size rows, or 1 when
+// per_tensor.
 QuantizedLinear make_quantized_linear(std::uint64_t rows, std::uint64_t cols, const Levels& levels,
                                       bool per_tensor);
 
@@ -39,48 +41,64 @@ QuantizedLinear make_quantized_linear(std::uint64_t rows, std::uint64_t cols, co
 void check_quantized_linear(const QuantizedLinear& q);
 
 enum class RowScale : std::uint8_t { row, tensor };
-enum class Rounding : std::uint8_t {
-  value,
-  product
-};  // nearest level times unrounded sigma, or nearest RN8(level*sigma)
+// value: the level nearest to |w| / (r * sigma), ties to the even index (for integers: round half to even,
+// then clamp). product: the operand RN8(level * sigma) nearest to |w| / r, ties to the smaller magnitude; of
+// indices whose operands are equal the lowest. Both are decided in real arithmetic on the stored r and sigma,
+// not on a rounded quotient.
+enum class Rounding : std::uint8_t { value, product };
 
 struct WeightQuantizerOptions {
   Levels levels = Levels::int4();
   RowScale row_scale = RowScale::row;
   Rounding rounding = Rounding::value;
-  // sigma is searched over E4M3 codes RN8(max/top level) + [search_low, search_high]; 0,0 = no search.
+  // sigma is searched over E4M3 codes RN8(max/top level) + [search_low, search_high] (low <= 0 <= high) that
+  // are in 0x01 .. 0x7e, at most 0x66 (56) with row scales; 0, 0 = no search. The smallest sum over the true
+  // columns of column_weight * (|w| - FP32(r * product))^2 wins, FP32 in a fixed order; ties: the smallest
+  // |offset|, then the lower code.
   int search_low = 0;
   int search_high = 0;
   // m of the per-tensor search (docs/numerics.md), paper 7 * 2^-9.
   float tensor_search_threshold = 7.0F * 0x1p-9F;
 };
 
-// A row source: rows [begin, begin + count) as FP32, row-major [count, K], into `out`.
-// The per-tensor scale s in {1 .. 2^14} for the whole tensor; the caller streams rows in any cut.
+// The per-tensor scale s in {1, 2, 4 .. 2^14} for the whole tensor (docs/numerics.md, "Per-tensor scale");
+// the caller streams rows in any cut and order, and may merge: sums are integers, so the result never depends
+// on it. Non-finite weights count as huge here; quantize_rows refuses them with their index.
 class TensorScaleSearch {
  public:
   explicit TensorScaleSearch(float threshold);
   void add_rows(std::span<const float> w, std::uint64_t rows, std::uint64_t cols);
+  void add_rows_raw(std::span<const std::byte> w, Dtype dtype, std::uint64_t rows, std::uint64_t cols);
   void merge(const TensorScaleSearch& other);
   float scale() const;  // s; the stored second-level scale is r = 1/s
 
  private:
   float threshold_;
-  std::vector<double> under_;  // per candidate
+  std::vector<std::uint64_t> under_;  // per candidate, in units of 2^-36
   float largest_group_max_ = 0;
 };
 
-// Quantises rows [row_begin, row_begin + count) of a tensor into `out` (allocated for the whole tensor). `w`
-// is [count, K]. `column_weight` is empty or [K]: weights of the squared error in the sigma search (mean x^2
-// of each input channel). With RowScale::tensor, out.row_scales[0] must be set already. Pure function of its
-// arguments: any cut of rows over threads gives the same bytes. Throws Error(input) with found "NaN at [r,
-// c]" for a non-finite weight.
+// Quantises rows [row_begin, row_begin + count) of a tensor into `out` (allocated for the whole tensor, with
+// the same levels). `w` is [count, K]. `column_weight` is empty (all 1) or [K]: weights of the squared error
+// in the sigma search (mean x^2 of each input channel), finite and >= 0. sigma = RN8(group max / (r * top
+// level)), at least 2^-9. With RowScale::row, r = b / 56 in FP32, b the smallest bf16 number >= row max / top
+// level and >= 2^-9 (clipped at the largest finite bf16), and sigma <= 56; levels must not exceed 8. With
+// RowScale::tensor, out.row_scales[0] must be set already. Pure function of its arguments: any cut of rows
+// over threads, any SIMD target gives the same bytes. Code 8 is never written where level 0 is 0, and zeros
+// of either sign are positive. Throws Error(input) with found "NaN at [r, c]" ("infinity at ...") for a
+// non-finite weight, r counted in the tensor; Error(usage) for options that cannot be.
 void quantize_rows(std::span<const float> w, std::uint64_t row_begin, std::uint64_t count,
                    const WeightQuantizerOptions& options, std::span<const float> column_weight,
                    QuantizedLinear& out);
+// The same from a tensor's bytes as they lie in a file: F16, BF16 or F32, little-endian, at any address.
+// Without a search nothing is expanded to FP32 (a row is read twice, the second time from cache); with one, a
+// row at a time.
+void quantize_rows_raw(std::span<const std::byte> w, Dtype dtype, std::uint64_t row_begin,
+                       std::uint64_t count, const WeightQuantizerOptions& options,
+                       std::span<const float> column_weight, QuantizedLinear& out);
 
-// The definition's reconstruction r * (+-RN8(level * sigma)) of rows [row_begin, row_begin+count) into
-// [count, K].
+// `out` is exactly count * K; Error(internal) otherwise. The definition's reconstruction r * (+-RN8(level *
+// sigma)) of rows [row_begin, row_begin+count) into [count, K].
 void dequantize_rows(const QuantizedLinear& q, const ProductTable& table, std::uint64_t row_begin,
                      std::uint64_t count, std::span<float> out);
 // The same without r (the FP8 operand's value), and as FP8 bytes.

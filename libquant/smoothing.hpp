@@ -1,6 +1,7 @@
 // Smoothing factors (docs/numerics.md, "Smoothing"): channel-wise scaling of weights, and RoPE-aware scaling
 // of keys. Functions compute factors and scale FP32 matrices in place; who owns which matrix is the caller's
-// business.
+// business. Sums are FP64 in row order. Error(internal) when shapes disagree, Error(input) for weights or
+// statistics that are not finite, Error(usage) for constants that are not positive.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +28,17 @@ struct ChannelScales {
   std::uint64_t zero = 0;     // zero columns, left at 1
 };
 
-// lambda_j = c / mean_o |w_oj| over all matrices that read the input (same cols).
+// lambda_j = c / mean_o |w_oj| over all rows of all matrices that read the input (same cols); clamped to
+// [2^-8, 2^8] times the median over the columns that are not zero.
 ChannelScales channel_scales(std::span<const ConstMatrixRef> readers, double c);
 // Lambda_1: o_proj [H, heads*D]; one lambda per value channel (g, d) from the R = heads/kv_heads columns it
 // feeds. lambda has kv_heads*D entries.
 ChannelScales value_channel_scales(const ConstMatrixRef& o_proj, std::uint64_t heads, std::uint64_t kv_heads,
                                    std::uint64_t head_dim, double c);
+// The release's scalar Lambda_1: every value channel gets 1 / v_factor, so that v rows (divided by lambda)
+// become W_v * v_factor and o columns W_o / v_factor. kv_heads*D entries.
+std::vector<float> uniform_value_scales(std::uint64_t kv_heads, std::uint64_t head_dim,
+                                        double v_factor = 0.9);
 // Spreads value channel factors (kv_heads*D) to o_proj's columns (heads*D).
 std::vector<float> expand_value_channels(std::span<const float> lambda, std::uint64_t heads,
                                          std::uint64_t kv_heads, std::uint64_t head_dim);
@@ -58,7 +64,9 @@ struct KeySmoothingOptions {
   double s_exponent = 1;
   std::uint64_t top_k = 0;  // 0: max(1, round(D/16))
 };
-// pair_radius [kv_heads, D/2]: r; post_rope_absmax [kv_heads, D]: m, without N. A zero r or m leaves 1.
+// pair_radius [kv_heads, D/2]: r; post_rope_absmax [kv_heads, D]: m, without N. A zero r or m
+// (or one whose factor FP32 cannot hold) leaves 1. Equal maxima: the lower channel enters T first. With use_s
+// off there is no T' and N stays everywhere.
 KeySmoothing key_smoothing(std::span<const float> pair_radius, std::span<const float> post_rope_absmax,
                            std::uint64_t kv_heads, std::uint64_t head_dim,
                            const KeySmoothingOptions& options);

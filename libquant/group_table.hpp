@@ -1,0 +1,50 @@
+// Thresholds between codes for a second-level scale r and a group scale sigma. Internal to the weight
+// quantiser.
+//
+// The quantiser is defined in real arithmetic on the stored numbers: w is a tensor element, r the stored
+// FP32, sigma a decoded E4M3 byte. The index of |w| changes where |w| crosses r * m, m half way between two
+// neighbours (levels times sigma for value rounding, products for product rounding). Those limits are exact
+// in double for integer and normal-float levels (25 + 4 + 24 bits); an FP32 or 16-bit |w| is then compared
+// with the smallest number of its own format on the upper side, so no rounding of w / (r * sigma) ever
+// decides a code.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "common/tensor.hpp"
+#include "libquant/levels.hpp"
+#include "libquant/quantized_linear.hpp"
+#include "libquant/row_kernels.hpp"
+
+namespace fireq::libquant {
+
+// E4M3 byte of sigma = RN8(amax / unit), unit = r * top level, at least 0x01 and at most `top`. Exact: the
+// neighbours' midpoint times unit has at most 53 bits.
+std::uint8_t group_scale_code(double amax, double unit, std::uint8_t top);
+
+// r of a row: the smallest bf16 b >= row_max / top_level, at least 2^-9 and at most the largest finite bf16,
+// over 56 in FP32 (so that FP32 56 * r is b again).
+float row_scale_for(float row_max, float top_level);
+
+// Tables of one r, made when first asked for: neighbouring groups share few sigma codes.
+class GroupTables {
+ public:
+  // dtype: f16, bf16 or f32, the format that threshold16 is for.
+  GroupTables(const Levels& levels, Rounding rounding, Dtype dtype);
+  void set_row_scale(float r) noexcept;  // forgets the tables if r changed
+  const GroupTable& get(std::uint8_t sigma);
+
+ private:
+  void fill(std::uint8_t sigma, GroupTable& table) const;
+
+  Levels levels_;
+  Rounding rounding_;
+  Dtype dtype_;
+  ProductTable products_;
+  float r_ = 0;
+  std::array<bool, 128> made_{};
+  std::array<GroupTable, 128> tables_{};
+};
+
+}  // namespace fireq::libquant
