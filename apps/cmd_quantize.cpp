@@ -1,0 +1,205 @@
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "apps/commands.hpp"
+#include "calib/quantize_job.hpp"
+#include "common/error.hpp"
+
+namespace fireq::apps {
+namespace {
+
+struct Arguments {
+  CommonOptions common;
+  std::string model, out, preset = "fast", recipe_file, levels, stats, layout = "row", shard_size = "5GB";
+  TextArguments text;
+  std::string bos;
+  std::uint64_t samples = 10, length = 2048, seed = 0;
+  bool resume = false, restart = false, force = false, dry_run = false;
+};
+
+calib::Recipe recipe_of(const Arguments& a) {
+  calib::Recipe recipe = a.recipe_file.empty()
+                             ? calib::preset_recipe(a.preset)
+                             : calib::parse_recipe(formats::read_text_file(a.recipe_file), a.recipe_file);
+  if (a.levels.empty()) return recipe;
+  // --levels is a recipe key on the command line: a name, or a file with 8 magnitudes.
+  const bool named = a.levels == "int4" || a.levels == "normal";
+  nlohmann::json overlay = nlohmann::json::parse(calib::recipe_to_json(recipe));
+  if (named) {
+    overlay["weights"]["levels"] = a.levels;
+  } else {
+    const auto list = nlohmann::json::parse(formats::read_text_file(a.levels), nullptr, false);
+    if (list.is_discarded()) {
+      throw Error(ErrorKind::usage, "levels file is not JSON")
+          .path(a.levels)
+          .expected("a list of 8 increasing magnitudes");
+    }
+    overlay["weights"]["levels"] = list;
+  }
+  return calib::parse_recipe(overlay.dump(), named ? "--levels" : a.levels);
+}
+
+void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::QuantizeOptions& options,
+                 Progress& progress) {
+  const bool needed = options.recipe.needs_statistics();
+  if (!a.stats.empty()) {
+    if (a.text.given()) throw Error(ErrorKind::usage, "--stats and --text exclude each other");
+    options.statistics_path = a.stats;
+  } else if (needed && !a.text.given()) {
+    throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs calibration text")
+        .hint("give --text FILE or --stats FILE, or use --preset rtn");
+  }
+  if (!needed && (a.text.given() || !a.stats.empty())) {
+    progress.warning("the recipe needs no calibration: text and statistics are not used");
+    options.statistics_path.reset();
+    return;
+  }
+  if (!needed || !a.stats.empty()) return;
+  const TokenizedText text = tokenize(a.text, a.model, source.config());
+  std::uint64_t length = a.length;
+  if (length > source.config().context) {
+    length = source.config().context;
+    progress.warning(fmt::format("--length {} is over the model's context, {} is used", a.length, length));
+  }
+  options.calibration = calib::make_calibration_windows(text.ids, length, a.samples, a.seed,
+                                                        resolve_bos(a.bos, text), text.bos_id, progress);
+  options.seed = a.seed;
+}
+
+nlohmann::json plan_json(const calib::QuantizePlan& plan) {
+  nlohmann::json linears = nlohmann::json::array();
+  for (const auto& l : plan.linears) {
+    linears.push_back({{"name", l.name},
+                       {"rows", l.rows},
+                       {"cols", l.cols},
+                       {"bytes_before", l.bytes_before},
+                       {"bytes_after", l.bytes_after}});
+  }
+  nlohmann::json kept = nlohmann::json::array();
+  for (const auto& [name, why] : plan.kept) kept.push_back({{"name", name}, {"why", why}});
+  return {{"linears", linears},
+          {"kept", kept},
+          {"bytes_before", plan.bytes_before},
+          {"bytes_after", plan.bytes_after},
+          {"peak_memory", plan.peak_memory},
+          {"largest_layer_fp32", plan.largest_layer_fp32},
+          {"calibration_bytes", plan.calibration_bytes}};
+}
+
+int dry_run(const Arguments& a, const calib::WeightSource& source, const calib::QuantizeOptions& options) {
+  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
+  const Report report(a.common);
+  for (const auto& l : plan.linears) {
+    report.line(fmt::format("{:<44} {:>6} x {:<6} {:>10} -> {}", l.name, l.rows, l.cols,
+                            bytes_text(l.bytes_before), bytes_text(l.bytes_after)));
+  }
+  for (const auto& [name, why] : plan.kept) report.line(fmt::format("{:<44} not quantised: {}", name, why));
+  report.line(
+      fmt::format("\nsize {} -> {} ({:.1f} %)", bytes_text(plan.bytes_before), bytes_text(plan.bytes_after),
+                  100.0 * static_cast<double>(plan.bytes_after) / static_cast<double>(plan.bytes_before)));
+  report.line(fmt::format("peak memory at most {} (largest layer in FP32 {}, calibration activations {})",
+                          bytes_text(plan.peak_memory), bytes_text(plan.largest_layer_fp32),
+                          bytes_text(plan.calibration_bytes)));
+  report.line("nothing was written");
+  nlohmann::json out = plan_json(plan);
+  out["dry_run"] = true;
+  out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
+  report.json(out);
+  return 0;
+}
+
+int run(const Arguments& a) {
+  if (a.resume && a.restart) throw Error(ErrorKind::usage, "--resume and --restart exclude each other");
+  ConsoleProgress progress(a.common.quiet);
+  calib::QuantizeOptions options;
+  options.recipe = recipe_of(a);
+  options.out = a.out;
+  options.mode = a.resume    ? formats::FireqWriter::Mode::resume
+                 : a.restart ? formats::FireqWriter::Mode::restart
+                             : formats::FireqWriter::Mode::fresh;
+  options.force = a.force;
+  options.layout = a.layout == "sm90" ? formats::WeightLayout::sm90 : formats::WeightLayout::row;
+  options.shard_size = parse_size(a.shard_size);
+  options.threads = a.common.threads;
+  options.tool_version = tool_version();
+  const auto source = calib::open_weights(a.model);
+  obtain_text(a, *source, options, progress);
+  if (a.dry_run) return dry_run(a, *source, options);
+
+  const calib::QuantizeResult result =
+      calib::quantize_model(*source, options, formats::real_file_system(), progress);
+  const Report report(a.common);
+  const double share =
+      100.0 * static_cast<double>(result.bytes_after) / static_cast<double>(result.bytes_before);
+  report.line(fmt::format("{}: {} linears in 4 bits, {} -> {} ({:.1f} %), {}", a.out, result.linears,
+                          bytes_text(result.bytes_before), bytes_text(result.bytes_after), share,
+                          seconds_text(result.seconds)));
+  if (result.resumed_layers > 0)
+    report.line(fmt::format("resumed: {} layers were done already", result.resumed_layers));
+  if (result.clamped + result.zero_channels > 0) {
+    report.line(fmt::format("smoothing: {} factors clamped, {} zero channels left alone", result.clamped,
+                            result.zero_channels));
+  }
+  if (progress.warnings() > 0) report.line(fmt::format("{} warnings", progress.warnings()));
+  report.json({{"out", a.out},
+               {"linears", result.linears},
+               {"bytes_before", result.bytes_before},
+               {"bytes_after", result.bytes_after},
+               {"resumed_layers", result.resumed_layers},
+               {"lambda_clamped", result.clamped},
+               {"zero_channels", result.zero_channels},
+               {"seconds", result.seconds},
+               {"calibration_seconds", result.calibration_seconds},
+               {"warnings", progress.warnings()},
+               {"recipe", nlohmann::json::parse(calib::recipe_to_json(options.recipe))}});
+  return 0;
+}
+
+}  // namespace
+
+void add_quantize(CLI::App& app, Runner& runner) {
+  auto a = std::make_shared<Arguments>();
+  CLI::App* cmd = app.add_subcommand("quantize", "Turn a Hugging Face checkpoint into a FireQ folder");
+  cmd->add_option("model", a->model, "Hugging Face folder (config.json, safetensors, tokenizer)")->required();
+  cmd->add_option("-o,--out", a->out, "Folder to write; it appears whole, at the end")->required();
+  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, or fast")
+                     ->check(CLI::IsMember({"rtn", "paper", "fast"}))
+                     ->capture_default_str();
+  cmd->add_option("--recipe", a->recipe_file, "Recipe as JSON (docs/recipes.md)")
+      ->type_name("FILE")
+      ->excludes(preset);
+  cmd->add_option("--levels", a->levels,
+                  "int4, normal, or a file with 8 increasing magnitudes; default: the recipe's");
+  add_text_options(*cmd, a->text);
+  cmd->add_option("--bos", a->bos,
+                  "BOS of calibration windows: head, window or none; default: the tokenizer's")
+      ->check(CLI::IsMember({"head", "window", "none"}));
+  cmd->add_option("--samples", a->samples, "Calibration windows")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
+  cmd->add_option("--length", a->length, "Tokens of a window, at most the model's context")
+      ->check(CLI::Range(2, 1 << 24))
+      ->capture_default_str();
+  cmd->add_option("--seed", a->seed, "Seed of the choice of windows")->capture_default_str();
+  cmd->add_option("--stats", a->stats, "Statistics of fireq calibrate instead of text")->type_name("FILE");
+  cmd->add_flag("--resume", a->resume, "Continue a run that was stopped");
+  cmd->add_flag("--restart", a->restart, "Throw a stopped run away and start again");
+  cmd->add_flag("--force", a->force, "Replace an existing output");
+  cmd->add_flag("--dry-run", a->dry_run, "Print sizes, plan and peak memory; write nothing");
+  cmd->add_option("--layout", a->layout, "row, or sm90 (the tiles of the Hopper kernels)")
+      ->check(CLI::IsMember({"row", "sm90"}))
+      ->capture_default_str();
+  cmd->add_option("--shard-size", a->shard_size, "Largest safetensors file, for example 5GB")
+      ->capture_default_str();
+  add_common_options(*cmd, a->common);
+  cmd->footer(
+      "Examples:\n"
+      "  fireq quantize Llama-3.2-1B -o Llama-3.2-1B-fireq --text calibration.txt\n"
+      "  fireq quantize model -o out --preset rtn\n"
+      "  fireq quantize model -o out --preset paper --text corpus/ --samples 128 --length 2048 --seed 1\n"
+      "  fireq quantize model -o out --text t.txt --dry-run");
+  cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
+}
+
+}  // namespace fireq::apps

@@ -1,0 +1,161 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "apps/commands.hpp"
+#include "calib/evaluate.hpp"
+#include "calib/folding.hpp"
+#include "calib/validate.hpp"
+#include "common/error.hpp"
+
+namespace fireq::apps {
+namespace {
+
+struct Arguments {
+  CommonOptions common;
+  std::string model, reference, bos;
+  TextArguments text;
+  std::uint64_t max_tokens = 8192, ctx = 0, seed = 0;
+  double max_rel_error = 0.5, max_product_error = 1e-5, max_kl = 0;
+};
+
+// KL and agreement over at most max_tokens tokens, everything the folder asks for switched on.
+calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightSource& model,
+                                        const calib::WeightSource& reference, Progress& progress) {
+  TokenizedText text = tokenize(a.text, a.model, model.config());
+  const std::uint64_t ctx = a.ctx == 0 ? std::min<std::uint64_t>(model.config().context, 2048) : a.ctx;
+  if (text.ids.size() > a.max_tokens) text.ids.resize(std::max(a.max_tokens, ctx));
+  const calib::Windows windows =
+      calib::make_evaluation_windows(text.ids, ctx, resolve_bos(a.bos, text), text.bos_id);
+  calib::EvaluationOptions options;
+  const bool cache = model.quantization()->kv_cache;
+  options.precision = {
+      .fp8_activations = true, .int4_k = cache, .int4_v = cache, .fp8_q = true, .fp8_p = true};
+  options.threads = a.common.threads;
+  options.reference = &reference;
+  return calib::evaluate(model, windows, options, progress);
+}
+
+nlohmann::json check_json(const calib::LinearCheck& c) {
+  nlohmann::json j = {{"name", c.name},
+                      {"rows", c.rows},
+                      {"cols", c.cols},
+                      {"product_rel_error", c.product_relative_error},
+                      {"subnormal_scales", c.subnormal_scales}};
+  if (c.relative_error) {
+    j["rel_error"] = *c.relative_error;
+    j["snr_db"] = *c.snr_db;
+    j["worst_group"] = {{"row", c.worst_group->row},
+                        {"group", c.worst_group->group},
+                        {"rel_error", c.worst_group->relative_error}};
+  }
+  return j;
+}
+
+std::string check_line(const calib::LinearCheck& c) {
+  std::string line = fmt::format("{:<40} {:>6} x {:<6}", c.name, c.rows, c.cols);
+  if (c.relative_error) {
+    line += fmt::format("  error {:.4f}  SNR {:5.2f} dB  worst group [{}, {}] {:.3f}", *c.relative_error,
+                        *c.snr_db, c.worst_group->row, c.worst_group->group, c.worst_group->relative_error);
+  }
+  return line + fmt::format("  product {:.1e}", c.product_relative_error);
+}
+
+int run(const Arguments& a) {
+  if (a.text.given() && a.reference.empty()) {
+    throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
+  }
+  ConsoleProgress progress(a.common.quiet);
+  const auto model = calib::open_weights(a.model);
+  if (!model->packed()) {
+    throw Error(ErrorKind::usage, "not a FireQ folder").path(a.model).hint("make one with fireq quantize");
+  }
+  std::unique_ptr<calib::WeightSource> reference;
+  std::unique_ptr<calib::WeightSource> folded;
+  if (!a.reference.empty()) {
+    reference = calib::open_weights(a.reference);
+    if (reference->packed())
+      throw Error(ErrorKind::usage, "the reference must be the original model").path(a.reference);
+    calib::require_same_shape(model->config(), reference->config(), a.reference);
+    folded = calib::fold_like(*reference, a.model, *model->quantization());
+  }
+  calib::ValidateOptions options;
+  options.folded_reference = folded.get();
+  options.seed = a.seed;
+  options.threads = a.common.threads;
+  std::vector<calib::LinearCheck> checks = calib::validate_linears(*model, options, progress);
+  std::stable_sort(checks.begin(), checks.end(), [](const auto& x, const auto& y) {
+    return x.relative_error.value_or(x.product_relative_error) >
+           y.relative_error.value_or(y.product_relative_error);
+  });
+
+  const Report report(a.common);
+  nlohmann::json linears = nlohmann::json::array();
+  std::vector<std::string> failures;
+  for (const calib::LinearCheck& c : checks) {
+    report.line(check_line(c));
+    linears.push_back(check_json(c));
+    // Written so that NaN fails.
+    if (!(c.product_relative_error <= a.max_product_error)) failures.push_back(c.name + ": product");
+    if (c.relative_error && !(*c.relative_error <= a.max_rel_error))
+      failures.push_back(c.name + ": relative error");
+  }
+  nlohmann::json json = {{"model", a.model}, {"structure", "ok"}, {"linears", linears}};
+  if (a.text.given()) {
+    const calib::EvaluationResult r = compare_on_text(a, *model, *reference, progress);
+    report.line(
+        fmt::format("KL mean {:.5f}, max {:.3f}; same top token {:.2f} %; perplexity {:.4f} ({} tokens)",
+                    *r.kl_mean, *r.kl_max, 100 * *r.top1_agree, r.ppl, r.scored));
+    json["kl_mean"] = *r.kl_mean;
+    json["kl_max"] = *r.kl_max;
+    json["top1_agree"] = *r.top1_agree;
+    json["ppl"] = r.ppl;
+    json["scored"] = r.scored;
+    if (a.max_kl > 0 && !(*r.kl_mean <= a.max_kl)) failures.emplace_back("KL on the text");
+  }
+  json["failures"] = failures;
+  report.line(fmt::format("{}: {} linears, structure ok, {} out of tolerance", a.model, checks.size(),
+                          failures.size()));
+  report.json(json);
+  if (failures.empty()) return 0;
+  throw Error(ErrorKind::tolerance,
+              fmt::format("{} checks out of tolerance, first: {}", failures.size(), failures.front()))
+      .path(a.model);
+}
+
+}  // namespace
+
+void add_validate(CLI::App& app, Runner& runner) {
+  auto a = std::make_shared<Arguments>();
+  CLI::App* cmd =
+      app.add_subcommand("validate", "Check a FireQ folder: structure, each linear, and its product");
+  cmd->add_option("model", a->model, "FireQ folder")->required();
+  cmd->add_option("--reference", a->reference,
+                  "Original model: errors of each linear are measured against it")
+      ->type_name("HF_DIR");
+  add_text_options(*cmd, a->text);
+  cmd->add_option("--max-tokens", a->max_tokens, "Tokens of the text to use")
+      ->check(CLI::Range(2, 1 << 30))
+      ->capture_default_str();
+  cmd->add_option("--ctx", a->ctx, "Tokens of a window (0: the model's context, at most 2048)")
+      ->check(CLI::Range(0, 1 << 24));
+  cmd->add_option("--bos", a->bos, "head, window or none")->check(CLI::IsMember({"head", "window", "none"}));
+  cmd->add_option("--seed", a->seed, "Seed of the random activations")->capture_default_str();
+  cmd->add_option("--max-rel-error", a->max_rel_error, "Tolerance of a linear's relative error")
+      ->capture_default_str();
+  cmd->add_option("--max-product-error", a->max_product_error, "Tolerance of the product against FP64")
+      ->capture_default_str();
+  cmd->add_option("--max-kl", a->max_kl, "Tolerance of the mean KL on the text (0: none)")
+      ->capture_default_str();
+  add_common_options(*cmd, a->common);
+  cmd->footer(
+      "Exit code 3: a rule of the format is broken; 1: compared and out of tolerance.\n"
+      "Examples:\n"
+      "  fireq validate out\n"
+      "  fireq validate out --reference model --text test.txt --max-kl 0.2");
+  cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
+}
+
+}  // namespace fireq::apps

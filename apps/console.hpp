@@ -1,0 +1,60 @@
+// What a command shows: results on stdout, progress and warnings on stderr, JSON to a file.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <string_view>
+
+#include "common/progress.hpp"
+
+namespace fireq::apps {
+
+// Options that every subcommand has.
+struct CommonOptions {
+  std::string json_path;  // empty: none; "-": stdout, and then nothing else is printed there
+  int threads = 0;        // 0: all processors
+  bool quiet = false;
+};
+
+// A bar on a terminal, plain lines otherwise; nothing for work under two seconds, nothing when quiet.
+// Warnings are always shown, and counted.
+class ConsoleProgress : public Progress {
+ public:
+  explicit ConsoleProgress(bool quiet);
+  ~ConsoleProgress() override;
+  void begin(std::string_view stage, std::uint64_t total) override;
+  void advance(std::uint64_t done) override;
+  void end() override;
+  void warning(std::string_view line) override;
+  std::uint64_t warnings() const noexcept { return warnings_; }
+
+ private:
+  void draw(std::uint64_t done, bool last);
+  void clear_line();
+
+  bool quiet_, terminal_;
+  bool drawn_ = false;
+  std::string stage_;
+  std::uint64_t total_ = 0;
+  std::uint64_t warnings_ = 0;
+  std::chrono::steady_clock::time_point begin_, last_draw_;
+};
+
+// Prints a line to stdout unless quiet or JSON goes there.
+class Report {
+ public:
+  explicit Report(const CommonOptions& options) : options_(options) {}
+  void line(const std::string& text) const;
+  // Writes the JSON where --json asks for it (atomically); does nothing without --json.
+  void json(const nlohmann::json& value) const;
+
+ private:
+  const CommonOptions& options_;
+};
+
+std::string bytes_text(std::uint64_t bytes);  // "26.4 MB"
+std::string seconds_text(double seconds);     // "3.2 s", "4 min 10 s"
+
+}  // namespace fireq::apps

@@ -1,0 +1,77 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <exception>
+#include <new>
+
+#include "apps/commands.hpp"
+#include "common/error.hpp"
+#include "common/progress.hpp"
+
+namespace {
+
+using fireq::ErrorKind;
+
+// First Ctrl-C: finish the unit at hand and stop; second: stop now.
+void on_interrupt(int /*signal*/) {
+  if (fireq::interrupt_flag().exchange(true)) _exit(static_cast<int>(ErrorKind::interrupted));
+}
+
+void install_signal_handlers() {
+  struct sigaction action = {};
+  action.sa_handler = on_interrupt;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is a write error like any other
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit too
+}
+
+int fail(ErrorKind kind, const std::string& line) {
+  fmt::print(stderr, "fireq: error: {}\n", line);
+  return static_cast<int>(kind);
+}
+
+int run_command(const fireq::apps::Runner& run) {
+  try {
+    return run();
+  } catch (const fireq::Error& e) {
+    return fail(e.kind(), e.what());
+  } catch (const std::bad_alloc&) {
+    return fail(ErrorKind::environment,
+                "out of memory; use a machine with more memory, or fewer calibration samples");
+  } catch (const std::exception& e) {
+    return fail(ErrorKind::internal,
+                std::string("internal error: ") + e.what() + "; please report it with the command line");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  install_signal_handlers();
+  CLI::App app{"fireq: INT4 weights, FP8 activations and an INT4 KV cache for Llama-family checkpoints",
+               "fireq"};
+  app.set_version_flag("--version", "fireq " + fireq::apps::tool_version());
+  app.require_subcommand(1);
+  app.footer(
+      "Exit codes: 0 success, 1 compared and out of tolerance, 2 usage, 3 bad input, 4 environment, 5 "
+      "internal, 130 interrupted.");
+  fireq::apps::Runner run;
+  fireq::apps::add_quantize(app, run);
+  fireq::apps::add_calibrate(app, run);
+  fireq::apps::add_eval(app, run);
+  fireq::apps::add_inspect(app, run);
+  fireq::apps::add_validate(app, run);
+  fireq::apps::add_generate(app, run);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& e) {
+    return app.exit(e);  // --help, --version
+  } catch (const CLI::ParseError& e) {
+    return fail(ErrorKind::usage, std::string(e.what()) + "; see fireq --help");
+  }
+  return run_command(run);
+}

@@ -1,0 +1,101 @@
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <utility>
+
+#include "apps/commands.hpp"
+#include "common/error.hpp"
+
+namespace fireq::apps {
+
+void add_common_options(CLI::App& app, CommonOptions& options) {
+  app.add_option("--json", options.json_path, "Write the result as JSON to FILE ('-': stdout)")
+      ->type_name("FILE");
+  app.add_option("--threads", options.threads, "Threads (0: all processors)")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  app.add_flag("-q,--quiet", options.quiet, "No progress and no tables; errors and warnings stay");
+}
+
+void add_text_options(CLI::App& app, TextArguments& arguments) {
+  app.add_option("--text", arguments.text.files, "Text files, JSONL files or directories")->type_name("FILE");
+  app.add_option("--jsonl-field", arguments.text.jsonl_field, "Field of a JSONL line that holds the text")
+      ->capture_default_str();
+  app.add_option("--skip-chars", arguments.text.skip_chars, "Code points to skip at the head of the text")
+      ->capture_default_str();
+  app.add_option("--max-chars", arguments.text.max_chars, "Code points to use after that (0: all)")
+      ->capture_default_str();
+  app.add_option("--tokens", arguments.tokens_path, "Little-endian uint32 token ids instead of text")
+      ->type_name("FILE");
+}
+
+TokenizedText tokenize(const TextArguments& arguments, const std::string& folder,
+                       const formats::ModelConfig& config) {
+  TokenizedText result;
+  if (!arguments.tokens_path.empty()) {
+    if (!arguments.text.files.empty())
+      throw Error(ErrorKind::usage, "--text and --tokens exclude each other");
+    result.ids = calib::load_tokens(arguments.tokens_path, config.vocab);
+    if (config.bos_id) result.bos_id = static_cast<std::int32_t>(*config.bos_id);
+    return result;  // ids are used as they are: default_bos stays none
+  }
+  const std::string text = calib::load_text(arguments.text);
+#ifdef FIREQ_TOKENIZERS
+  const auto tokenizer = formats::open_tokenizer(folder);
+  result.ids = tokenizer->encode(text, false);
+  result.bos_id = tokenizer->bos_id;
+  result.default_bos = tokenizer->default_bos;
+  for (std::size_t i = 0; i < result.ids.size(); ++i) {
+    if (std::cmp_less(result.ids[i], 0) || std::cmp_greater_equal(result.ids[i], config.vocab)) {
+      throw Error(ErrorKind::input,
+                  "tokenizer and model do not belong together: token id is outside the embedding")
+          .path(folder)
+          .expected("below " + std::to_string(config.vocab))
+          .found(std::to_string(result.ids[i]));
+    }
+  }
+  return result;
+#else
+  throw Error(ErrorKind::environment, "this build has no tokenizers")
+      .path(folder)
+      .hint("use --tokens ids.u32");
+#endif
+}
+
+calib::Bos resolve_bos(const std::string& option, const TokenizedText& text) {
+  if (option == "head") return calib::Bos::head;
+  if (option == "window") return calib::Bos::window;
+  if (option == "none") return calib::Bos::none;
+  return text.default_bos == formats::BosMode::head ? calib::Bos::head : calib::Bos::none;
+}
+
+std::uint64_t parse_size(const std::string& text) {
+  static constexpr std::array<std::pair<std::string_view, double>, 10> kUnits{{{"", 1},
+                                                                               {"B", 1},
+                                                                               {"kB", 1e3},
+                                                                               {"KB", 1e3},
+                                                                               {"MB", 1e6},
+                                                                               {"GB", 1e9},
+                                                                               {"KiB", 0x1p10},
+                                                                               {"MiB", 0x1p20},
+                                                                               {"GiB", 0x1p30},
+                                                                               {"TB", 1e12}}};
+  double value = 0;
+  const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), value);
+  std::string_view unit(end, static_cast<std::size_t>(text.data() + text.size() - end));
+  while (unit.starts_with(' ')) unit.remove_prefix(1);
+  for (const auto& [name, factor] : kUnits) {
+    const double bytes = value * factor;
+    if (ec == std::errc() && unit == name && bytes >= 1 && bytes < 0x1p63)
+      return static_cast<std::uint64_t>(std::llround(bytes));
+  }
+  throw Error(ErrorKind::usage, "not a size")
+      .expected("a number with B, kB, MB, GB, KiB, MiB or GiB")
+      .found(text);
+}
+
+std::string tool_version() {
+  return FIREQ_VERSION;
+}
+
+}  // namespace fireq::apps

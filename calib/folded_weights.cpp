@@ -1,0 +1,91 @@
+#include <filesystem>
+#include <utility>
+
+#include "calib/folding.hpp"
+#include "common/error.hpp"
+
+namespace fireq::calib {
+namespace {
+
+class FoldedWeights : public WeightSource {
+ public:
+  FoldedWeights(const WeightSource& original, Recipe recipe, formats::CalibrationStatistics statistics)
+      : original_(original), recipe_(std::move(recipe)), statistics_(std::move(statistics)) {}
+
+  const formats::ModelConfig& config() const noexcept override { return original_.config(); }
+  const formats::CheckpointReader& reader() const noexcept override { return original_.reader(); }
+  bool packed() const noexcept override { return false; }
+  LayerWeights load_layer(std::uint64_t layer, int threads) const override {
+    LayerWeights weights = original_.load_layer(layer, threads);
+    fold_layer(config(), recipe_, statistics_.layers.empty() ? nullptr : &statistics_.layers.at(layer),
+               weights);
+    return weights;
+  }
+  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
+    original_.embed(ids, out);
+  }
+  std::vector<float> final_norm() const override { return original_.final_norm(); }
+  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
+    original_.head_rows(begin, count, out);
+  }
+  libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
+    return original_.quantized(layer, linear);
+  }
+  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
+
+ private:
+  const WeightSource& original_;
+  Recipe recipe_;
+  formats::CalibrationStatistics statistics_;
+};
+
+}  // namespace
+
+std::unique_ptr<WeightSource> fold_like(const WeightSource& original, const std::string& fireq_folder,
+                                        const formats::QuantizationConfig& quantization) {
+  Recipe recipe = parse_recipe(quantization.recipe_json, fireq_folder + "/config.json");
+  const std::string fingerprint = original.reader().fingerprint(0);
+  if (!quantization.source_fingerprint.empty() && quantization.source_fingerprint != fingerprint) {
+    throw Error(ErrorKind::input, "the FireQ folder was made from another model")
+        .path(fireq_folder)
+        .expected("source fingerprint " + quantization.source_fingerprint)
+        .found(fingerprint + " of " + original.reader().folder());
+  }
+  formats::CalibrationStatistics statistics;
+  if (recipe.needs_statistics()) {
+    const std::string path = fireq_folder + "/calibration.h5";
+    if (!std::filesystem::exists(path)) {
+      throw Error(ErrorKind::input, "calibration.h5 is missing: the recipe's folds cannot be made again")
+          .path(path)
+          .hint("copy it beside the folder's config.json");
+    }
+    statistics = formats::read_statistics(path);
+    if (statistics.layers.size() != original.config().layers) {
+      throw Error(ErrorKind::input, "statistics do not cover the model's layers")
+          .path(path)
+          .expected(std::to_string(original.config().layers))
+          .found(std::to_string(statistics.layers.size()));
+    }
+  }
+  return std::make_unique<FoldedWeights>(original, std::move(recipe), std::move(statistics));
+}
+
+void require_same_shape(const formats::ModelConfig& model, const formats::ModelConfig& reference,
+                        const std::string& reference_path) {
+  const auto compare = [&](const char* what, std::uint64_t a, std::uint64_t b) {
+    if (a == b) return;
+    throw Error(ErrorKind::input, std::string("reference is not the same model: ") + what + " differs")
+        .path(reference_path)
+        .expected(std::to_string(a))
+        .found(std::to_string(b));
+  };
+  compare("number of layers", model.layers, reference.layers);
+  compare("hidden size", model.hidden, reference.hidden);
+  compare("ffn size", model.ffn, reference.ffn);
+  compare("number of heads", model.heads, reference.heads);
+  compare("number of KV heads", model.kv_heads, reference.kv_heads);
+  compare("head size", model.head_dim, reference.head_dim);
+  compare("vocabulary", model.vocab, reference.vocab);
+}
+
+}  // namespace fireq::calib

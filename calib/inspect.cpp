@@ -1,0 +1,180 @@
+#include "calib/inspect.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "common/error.hpp"
+#include "common/parallel.hpp"
+#include "libquant/number_formats.hpp"
+#include "libquant/smoothing.hpp"
+
+namespace fireq::calib {
+namespace {
+
+using formats::Site;
+using formats::SiteStatistics;
+
+SiteRow site_row(std::uint64_t layer, std::string name, const SiteStatistics& s, std::size_t outliers) {
+  SiteRow row;
+  row.layer = layer;
+  row.site = std::move(name);
+  row.summary = libquant::summarize(s.absmax, s.sumsq, s.sum4, s.count);
+  row.outliers = libquant::top_outliers(s.absmax, outliers);
+  return row;
+}
+
+// Statistics of channels multiplied by constants.
+SiteStatistics scaled(const SiteStatistics& s, std::span<const float> factor) {
+  SiteStatistics out = s;
+  for (std::size_t c = 0; c < out.absmax.size(); ++c) {
+    const auto f = static_cast<double>(factor[c]);
+    out.absmax[c] = static_cast<float>(static_cast<double>(s.absmax[c]) * f);
+    out.sumsq[c] *= f * f;
+    out.sum4[c] *= f * f * f * f;
+  }
+  return out;
+}
+
+void add_key_rows(std::vector<SiteRow>& rows, std::uint64_t layer, const formats::LayerStatistics& statistics,
+                  const formats::StatisticsMeta& meta, const Recipe& recipe, bool qk_norm,
+                  std::size_t outliers) {
+  const SiteStatistics& keys = statistics.site(Site::k_post_rope);
+  if (keys.empty() || meta.kv_heads == 0 || keys.absmax.size() != meta.kv_heads * meta.head_dim) return;
+  libquant::KeySmoothingOptions options;
+  options.shared_heads = qk_norm;
+  options.alpha = recipe.key_alpha;
+  options.beta = recipe.key_beta;
+  options.n_exponent = recipe.key_n_exponent;
+  options.s_exponent = recipe.key_s_exponent;
+  options.top_k = recipe.key_top_k;
+  options.use_s = false;
+  const auto n_only =
+      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
+  rows.push_back(site_row(layer, "k_after_n", scaled(keys, n_only.n), outliers));
+  options.use_s = true;
+  const auto both =
+      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
+  rows.push_back(site_row(layer, "k_after_n_s", scaled(scaled(keys, both.n), both.s), outliers));
+}
+
+void check_layer(std::optional<std::uint64_t> layer, std::uint64_t layers) {
+  if (layer && *layer >= layers) {
+    throw Error(ErrorKind::usage, "no such layer")
+        .expected("0 to " + std::to_string(layers - 1))
+        .found(std::to_string(*layer));
+  }
+}
+
+// Column sums over row blocks of fixed size, added in block order: the same for any thread count.
+SiteStatistics column_statistics(const LinearWeights& w, int threads) {
+  constexpr std::uint64_t kBlock = 256;
+  const std::uint64_t blocks = (w.rows + kBlock - 1) / kBlock;
+  std::vector<SiteStatistics> part(blocks);
+  parallel_for(blocks, threads, [&](std::size_t b) {
+    SiteStatistics& s = part[b];
+    s.absmax.assign(w.cols, 0);
+    s.sumsq.assign(w.cols, 0);
+    s.sum4.assign(w.cols, 0);
+    for (std::uint64_t r = b * kBlock; r < std::min(w.rows, (b + 1) * kBlock); ++r) {
+      for (std::uint64_t c = 0; c < w.cols; ++c) {
+        const float x = w.weight[r * w.cols + c];
+        const double sq = static_cast<double>(x) * static_cast<double>(x);
+        s.absmax[c] = std::max(s.absmax[c], std::fabs(x));
+        s.sumsq[c] += sq;
+        s.sum4[c] += sq * sq;
+      }
+    }
+  });
+  SiteStatistics total = std::move(part[0]);
+  for (std::uint64_t b = 1; b < blocks; ++b) {
+    for (std::uint64_t c = 0; c < w.cols; ++c) {
+      total.absmax[c] = std::max(total.absmax[c], part[b].absmax[c]);
+      total.sumsq[c] += part[b].sumsq[c];
+      total.sum4[c] += part[b].sum4[c];
+    }
+  }
+  total.count = w.rows;
+  return total;
+}
+
+}  // namespace
+
+std::vector<SiteRow> inspect_statistics(const formats::CalibrationStatistics& statistics,
+                                        const Recipe& recipe, bool qk_norm, std::size_t outliers,
+                                        std::optional<std::uint64_t> layer) {
+  check_layer(layer, statistics.layers.size());
+  std::vector<SiteRow> rows;
+  for (std::uint64_t i = 0; i < statistics.layers.size(); ++i) {
+    if (layer && *layer != i) continue;
+    for (std::size_t s = 0; s < formats::kSites; ++s) {
+      const auto site = static_cast<Site>(s);
+      const SiteStatistics& values = statistics.layers[i].site(site);
+      if (values.empty()) continue;
+      rows.push_back(site_row(i, std::string(formats::site_name(site)), values, outliers));
+      if (site == Site::k_post_rope)
+        add_key_rows(rows, i, statistics.layers[i], statistics.meta, recipe, qk_norm, outliers);
+    }
+  }
+  return rows;
+}
+
+std::vector<SiteRow> inspect_weights(const WeightSource& source, std::size_t outliers,
+                                     std::optional<std::uint64_t> layer, int threads, Progress& progress) {
+  const std::uint64_t layers = source.config().layers;
+  check_layer(layer, layers);
+  std::vector<SiteRow> rows;
+  progress.begin("inspect", layers);
+  for (std::uint64_t i = 0; i < layers; ++i) {
+    if (layer && *layer != i) continue;
+    check_interrupt();
+    const LayerWeights weights = source.load_layer(i, threads);
+    for (const LinearWeights& w : weights.linear)
+      rows.push_back(site_row(i, w.name, column_statistics(w, threads), outliers));
+    progress.advance(i + 1);
+  }
+  progress.end();
+  return rows;
+}
+
+std::vector<PackedRow> inspect_packed(const WeightSource& source, std::optional<std::uint64_t> layer,
+                                      Progress& progress) {
+  const std::uint64_t layers = source.config().layers;
+  check_layer(layer, layers);
+  std::vector<PackedRow> rows;
+  progress.begin("inspect", layers);
+  for (std::uint64_t i = 0; i < layers; ++i) {
+    if (layer && *layer != i) continue;
+    check_interrupt();
+    const auto names = formats::linear_names(i);
+    for (std::size_t l = 0; l < kLinears; ++l) {
+      const libquant::QuantizedLinear q = source.quantized(i, l);
+      PackedRow row;
+      row.layer = i;
+      row.name = names[l];
+      for (std::uint64_t r = 0; r < q.rows; ++r) {
+        for (std::uint64_t c = 0; c < q.cols; ++c) ++row.index_count[q.code(r, c) & 7U];
+      }
+      row.smallest_scale = row.smallest_row_scale = std::numeric_limits<double>::infinity();
+      std::uint64_t subnormal = 0;
+      for (const std::uint8_t b : q.group_scales) {
+        const auto sigma = static_cast<double>(libquant::decode_e4m3(b));
+        row.smallest_scale = std::min(row.smallest_scale, sigma);
+        row.largest_scale = std::max(row.largest_scale, sigma);
+        if (b < 8) ++subnormal;
+      }
+      row.subnormal_scales = static_cast<double>(subnormal) / static_cast<double>(q.group_scales.size());
+      for (const float r : q.row_scales) {
+        row.smallest_row_scale = std::min(row.smallest_row_scale, static_cast<double>(r));
+        row.largest_row_scale = std::max(row.largest_row_scale, static_cast<double>(r));
+      }
+      rows.push_back(std::move(row));
+    }
+    progress.advance(i + 1);
+  }
+  progress.end();
+  return rows;
+}
+
+}  // namespace fireq::calib

@@ -1,0 +1,71 @@
+// The main job: a Hugging Face checkpoint and a recipe become a FireQ folder, one decoder layer at a time.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "calib/dataset.hpp"
+#include "calib/recipe.hpp"
+#include "calib/weights.hpp"
+#include "common/progress.hpp"
+#include "formats/fireq_folder.hpp"
+#include "formats/statistics.hpp"
+
+namespace fireq::calib {
+
+struct QuantizeOptions {
+  std::string out;
+  Recipe recipe;
+  // One of these where the recipe needs statistics: windows to calibrate on, or a statistics file.
+  std::optional<Windows> calibration;
+  std::optional<std::string> statistics_path;
+  std::uint64_t seed = 0;  // recorded: the draw of the windows
+  formats::FireqWriter::Mode mode = formats::FireqWriter::Mode::fresh;
+  bool force = false;
+  formats::WeightLayout layout = formats::WeightLayout::row;
+  std::uint64_t shard_size = 5'000'000'000;
+  int threads = 0;
+  std::string tool_version;
+};
+
+struct LinearPlan {
+  std::string name;
+  std::uint64_t rows = 0, cols = 0;
+  std::uint64_t bytes_before = 0, bytes_after = 0;
+};
+
+// What a run will do and write, known without running it.
+struct QuantizePlan {
+  std::vector<LinearPlan> linears;
+  std::vector<std::pair<std::string, std::string>> kept;  // tensor left unquantised, and why
+  std::uint64_t bytes_before = 0;                         // all tensors' data
+  std::uint64_t bytes_after = 0;
+  // Upper estimate of resident memory: two largest layers in FP32, calibration activations, fixed buffers.
+  std::uint64_t peak_memory = 0;
+  std::uint64_t largest_layer_fp32 = 0;
+  std::uint64_t calibration_bytes = 0;
+};
+QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options);
+
+struct LayerReport {
+  double relative_error =
+      0;  // Frobenius, all seven linears against the folded weights (0 for linears read raw)
+  std::uint64_t clamped = 0;
+  std::uint64_t zero_channels = 0;
+};
+
+struct QuantizeResult {
+  std::uint64_t bytes_before = 0, bytes_after = 0;  // tensor data
+  std::uint64_t linears = 0, resumed_layers = 0;
+  std::uint64_t clamped = 0, zero_channels = 0;
+  double seconds = 0, calibration_seconds = 0;
+};
+
+// Throws Error; after an interrupt or a crash, mode `resume` continues at the first layer that is not done
+// and ends with the same bytes.
+QuantizeResult quantize_model(const WeightSource& source, const QuantizeOptions& options,
+                              formats::FileSystem& fs, Progress& progress);
+
+}  // namespace fireq::calib

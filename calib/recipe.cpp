@@ -1,0 +1,284 @@
+#include "calib/recipe.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include "common/error.hpp"
+
+namespace fireq::calib {
+namespace {
+
+using libquant::Levels;
+using libquant::Rounding;
+using libquant::RowScale;
+using nlohmann::json;
+
+// A value of a recipe that has the wrong type or lies outside its range; parse_recipe adds path and key.
+[[noreturn]] void refuse(std::string expected, const json& found) {
+  throw Error(ErrorKind::usage, "value is not allowed").expected(std::move(expected)).found(found.dump());
+}
+
+double number_in(const json& v, double low, double high) {
+  if (!v.is_number()) refuse("a number", v);
+  const double x = v.get<double>();
+  if (!(x >= low && x <= high)) refuse("a number from " + json(low).dump() + " to " + json(high).dump(), v);
+  return x;
+}
+
+bool boolean(const json& v) {
+  if (!v.is_boolean()) refuse("true or false", v);
+  return v.get<bool>();
+}
+
+template <typename T, std::size_t N>
+using Choices = std::array<std::pair<std::string_view, T>, N>;
+
+template <typename T, std::size_t N>
+T choose(const Choices<T, N>& choices, const json& v) {
+  std::string expected;
+  for (const auto& [name, value] : choices) {
+    if (v.is_string() && v.get_ref<const std::string&>() == name) return value;
+    expected += (expected.empty() ? "\"" : ", \"") + std::string(name) + "\"";
+  }
+  refuse("one of " + expected, v);
+}
+
+template <typename T, std::size_t N>
+std::string_view name_of(const Choices<T, N>& choices, T value) {
+  for (const auto& [name, candidate] : choices) {
+    if (candidate == value) return name;
+  }
+  throw Error(ErrorKind::internal, "recipe holds a value without a name");
+}
+
+constexpr Choices<RowScale, 2> kRowScales{{{"row", RowScale::row}, {"tensor", RowScale::tensor}}};
+constexpr Choices<Rounding, 2> kRoundings{{{"value", Rounding::value}, {"product", Rounding::product}}};
+constexpr Choices<ValueScaling, 3> kValueScalings{
+    {{"off", ValueScaling::off}, {"channel", ValueScaling::channel}, {"scalar", ValueScaling::scalar}}};
+
+Levels levels_from(const json& v) {
+  if (v.is_string()) {
+    if (v == "int4") return Levels::int4();
+    if (v == "normal") return Levels::normal();
+  }
+  if (!v.is_array() || v.size() != 8) refuse("\"int4\", \"normal\" or 8 increasing magnitudes", v);
+  Levels levels;
+  for (std::size_t i = 0; i < 8; ++i) levels.magnitude[i] = static_cast<float>(number_in(v[i], 0, 448));
+  libquant::check_levels(levels);
+  return levels;
+}
+
+json levels_to(const Levels& levels) {
+  const std::string name = levels.name();
+  if (name != "custom") return name;
+  json list = json::array();
+  for (const float m : levels.magnitude) list.push_back(static_cast<double>(m));
+  return list;
+}
+
+struct Field {
+  std::string_view section, key;  // section "" is the top level
+  std::function<void(Recipe&, const json&)> set;
+  std::function<json(const Recipe&)> get;
+};
+
+Field flag(std::string_view section, std::string_view key, bool Recipe::*member) {
+  return {section, key, [member](Recipe& r, const json& v) { r.*member = boolean(v); },
+          [member](const Recipe& r) { return json(r.*member); }};
+}
+
+Field number(std::string_view section, std::string_view key, double Recipe::*member, double low,
+             double high) {
+  return {section, key, [=](Recipe& r, const json& v) { r.*member = number_in(v, low, high); },
+          [member](const Recipe& r) { return json(r.*member); }};
+}
+
+std::vector<Field> weight_fields() {
+  return {
+      {"weights", "levels", [](Recipe& r, const json& v) { r.weights.levels = levels_from(v); },
+       [](const Recipe& r) { return levels_to(r.weights.levels); }},
+      {"weights", "row_scale", [](Recipe& r, const json& v) { r.weights.row_scale = choose(kRowScales, v); },
+       [](const Recipe& r) { return json(name_of(kRowScales, r.weights.row_scale)); }},
+      {"weights", "rounding", [](Recipe& r, const json& v) { r.weights.rounding = choose(kRoundings, v); },
+       [](const Recipe& r) { return json(name_of(kRoundings, r.weights.rounding)); }},
+      {"weights", "search",
+       [](Recipe& r, const json& v) {
+         if (!v.is_array() || v.size() != 2 || !v[0].is_number_integer() || !v[1].is_number_integer()) {
+           refuse("[low, high] whole numbers of scale codes, for example [-7, 2]", v);
+         }
+         const double low = number_in(v[0], -32, 0);
+         const double high = number_in(v[1], 0, 32);
+         r.weights.search_low = static_cast<int>(low);
+         r.weights.search_high = static_cast<int>(high);
+       },
+       [](const Recipe& r) {
+         return json{r.weights.search_low, r.weights.search_high};
+       }},
+      flag("weights", "weighted_search", &Recipe::weighted_search),
+      {"weights", "tensor_search_threshold",
+       [](Recipe& r, const json& v) {
+         r.weights.tensor_search_threshold = static_cast<float>(number_in(v, 0x1p-20, 448));
+       },
+       [](const Recipe& r) { return json(static_cast<double>(r.weights.tensor_search_threshold)); }},
+  };
+}
+
+const std::vector<Field>& fields() {
+  static const std::vector<Field> all = [] {
+    std::vector<Field> list = weight_fields();
+    std::vector<Field> rest = {
+        {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
+         [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},
+        number("smoothing", "lambda1_c", &Recipe::lambda1_c, 1e-6, 1e3),
+        number("smoothing", "lambda1_scalar", &Recipe::lambda1_scalar, 1e-3, 1e3),
+        flag("smoothing", "lambda2", &Recipe::lambda2),
+        number("smoothing", "lambda2_c", &Recipe::lambda2_c, 1e-6, 1e3),
+        flag("smoothing", "lambda3", &Recipe::lambda3),
+        number("smoothing", "lambda3_c", &Recipe::lambda3_c, 1e-6, 1e3),
+        flag("keys", "n", &Recipe::key_n),
+        flag("keys", "s", &Recipe::key_s),
+        number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
+        number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
+        number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
+        number("keys", "s_exponent", &Recipe::key_s_exponent, 0, 2),
+        {"keys", "top_k",
+         [](Recipe& r, const json& v) {
+           if (!v.is_number_unsigned()) refuse("a whole number; 0 means head_dim / 16", v);
+           r.key_top_k = static_cast<std::uint64_t>(number_in(v, 0, 65536));
+         },
+         [](const Recipe& r) { return json(r.key_top_k); }},
+        flag("values", "power_of_two", &Recipe::value_power_of_two),
+        flag("", "kv_cache", &Recipe::kv_cache),
+    };
+    std::move(rest.begin(), rest.end(), std::back_inserter(list));
+    return list;
+  }();
+  return all;
+}
+
+std::string full_name(std::string_view section, std::string_view key) {
+  return section.empty() ? std::string(key) : std::string(section) + "." + std::string(key);
+}
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t above = row[j];
+      row[j] = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0U : 1U)});
+      diagonal = above;
+    }
+  }
+  return row.back();
+}
+
+[[noreturn]] void unknown_key(const std::string& name) {
+  std::string best = "preset";
+  for (const Field& f : fields()) {
+    const std::string candidate = full_name(f.section, f.key);
+    if (edit_distance(name, candidate) < edit_distance(name, best)) best = candidate;
+  }
+  throw Error(ErrorKind::usage, "recipe key '" + name + "' is not known")
+      .hint("did you mean '" + best + "'?");
+}
+
+void apply(Recipe& recipe, std::string_view section, const json& object) {
+  for (const auto& [key, value] : object.items()) {
+    if (section.empty() && key == "preset") continue;
+    const auto field = std::find_if(fields().begin(), fields().end(),
+                                    [&](const Field& f) { return f.section == section && f.key == key; });
+    if (field != fields().end()) {
+      try {
+        field->set(recipe, value);
+      } catch (Error& e) {
+        throw Error(ErrorKind::usage, "recipe key '" + full_name(section, key) + "': " + e.message())
+            .expected(e.expected())
+            .found(e.found());
+      }
+      continue;
+    }
+    const bool is_section = section.empty() && std::any_of(fields().begin(), fields().end(),
+                                                           [&](const Field& f) { return f.section == key; });
+    if (!is_section) unknown_key(full_name(section, key));
+    if (!value.is_object()) {
+      throw Error(ErrorKind::usage, "recipe key '" + key + "' holds the wrong type")
+          .expected("an object")
+          .found(value.type_name());
+    }
+    apply(recipe, key, value);
+  }
+}
+
+}  // namespace
+
+Recipe preset_recipe(const std::string& name) {
+  Recipe r;
+  r.preset = name;
+  if (name == "rtn") return r;
+  if (name == "paper" || name == "fast") {
+    r.lambda2 = r.lambda3 = true;
+    r.key_n = r.key_s = true;
+    if (name == "paper") {
+      r.weights.row_scale = RowScale::tensor;
+    } else {
+      r.weights.levels = Levels::normal();
+      r.weights.rounding = Rounding::product;
+      r.weights.search_low = -7;
+      r.weights.search_high = 2;
+      r.weighted_search = true;
+      r.value_power_of_two = true;
+    }
+    return r;
+  }
+  throw Error(ErrorKind::usage, "unknown preset '" + name + "'").expected("rtn, paper or fast").found(name);
+}
+
+Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors) {
+  try {
+    // Comments are allowed: recipes are written by people.
+    const json root = json::parse(json_text, nullptr, true, true);
+    if (!root.is_object()) {
+      throw Error(ErrorKind::usage, "recipe is not a JSON object").found(root.type_name());
+    }
+    std::string preset = "rtn";
+    if (const auto it = root.find("preset"); it != root.end()) {
+      if (!it->is_string()) {
+        throw Error(ErrorKind::usage, "recipe key 'preset' holds the wrong type")
+            .expected("a string")
+            .found(it->dump());
+      }
+      preset = it->get<std::string>();
+    }
+    Recipe recipe = preset_recipe(preset);
+    apply(recipe, "", root);
+    return recipe;
+  } catch (const json::exception& e) {
+    throw Error(ErrorKind::usage, std::string("recipe is not valid JSON: ") + e.what()).path(path_for_errors);
+  } catch (Error& e) {
+    e.path_if_unset(path_for_errors);
+    throw;
+  }
+}
+
+std::string recipe_to_json(const Recipe& recipe) {
+  json root = {{"preset", recipe.preset}};
+  for (const Field& f : fields()) {
+    if (f.section.empty()) {
+      root[std::string(f.key)] = f.get(recipe);
+    } else {
+      root[std::string(f.section)][std::string(f.key)] = f.get(recipe);
+    }
+  }
+  return root.dump();
+}
+
+}  // namespace fireq::calib

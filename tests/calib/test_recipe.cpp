@@ -1,0 +1,129 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "calib/recipe.hpp"
+#include "common/error.hpp"
+
+namespace fireq::calib {
+namespace {
+
+using nlohmann::json;
+using testing::HasSubstr;
+
+std::string usage_error(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::usage) << e.what();
+    return e.what();
+  }
+  ADD_FAILURE() << "nothing was thrown";
+  return {};
+}
+
+TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
+  const Recipe rtn = preset_recipe("rtn");
+  EXPECT_FALSE(rtn.needs_statistics());
+  EXPECT_TRUE(rtn.weights.levels.is_int4());
+  EXPECT_EQ(rtn.weights.row_scale, libquant::RowScale::row);
+  EXPECT_FALSE(rtn.lambda2 || rtn.lambda3 || rtn.key_n || rtn.key_s);
+
+  const Recipe paper = preset_recipe("paper");
+  EXPECT_EQ(paper.weights.row_scale, libquant::RowScale::tensor);
+  EXPECT_EQ(paper.weights.rounding, libquant::Rounding::value);
+  EXPECT_TRUE(paper.lambda2 && paper.lambda3 && paper.key_n && paper.key_s);
+  EXPECT_EQ(paper.lambda1, ValueScaling::off);
+  EXPECT_DOUBLE_EQ(paper.lambda2_c, 0.0096);
+  EXPECT_DOUBLE_EQ(paper.lambda3_c, 0.015);
+  EXPECT_DOUBLE_EQ(paper.key_alpha, 8);
+  EXPECT_DOUBLE_EQ(paper.key_beta, 8);
+  EXPECT_EQ(paper.weights.search_low, 0);
+
+  const Recipe fast = preset_recipe("fast");
+  EXPECT_EQ(fast.weights.search_low, -7);
+  EXPECT_EQ(fast.weights.search_high, 2);
+  EXPECT_TRUE(fast.weighted_search);
+  EXPECT_EQ(fast.weights.levels, libquant::Levels::normal());
+}
+
+TEST(Recipe, JsonKeepsEveryChoice) {
+  for (const char* name : {"rtn", "paper", "fast"}) {
+    const std::string text = recipe_to_json(preset_recipe(name));
+    EXPECT_EQ(recipe_to_json(parse_recipe(text, "r.json")), text) << name;
+  }
+  json custom = json::parse(recipe_to_json(preset_recipe("fast")));
+  custom["weights"]["levels"] = {0.5, 1.25, 2, 3, 4, 5.5, 6, 7.75};
+  custom["weights"]["search"] = {-3, 1};
+  custom["smoothing"]["lambda1"] = "channel";
+  custom["keys"]["top_k"] = 5;
+  custom["kv_cache"] = false;
+  const Recipe r = parse_recipe(custom.dump(), "r.json");
+  EXPECT_FLOAT_EQ(r.weights.levels.magnitude[7], 7.75F);
+  EXPECT_EQ(r.weights.search_low, -3);
+  EXPECT_EQ(r.lambda1, ValueScaling::channel);
+  EXPECT_EQ(r.key_top_k, 5U);
+  EXPECT_FALSE(r.kv_cache);
+  EXPECT_EQ(json::parse(recipe_to_json(r)), custom);
+}
+
+// Each key, one by one, changed to another valid value: the text must change and survive a round trip.
+TEST(Recipe, EveryKeyIsReadAndWritten) {
+  const json base = json::parse(recipe_to_json(preset_recipe("rtn")));
+  const auto other = [](const std::string& key, const json& v) -> json {
+    if (v.is_boolean()) return !v.get<bool>();
+    if (key == "levels") return "normal";
+    if (key == "row_scale") return "tensor";
+    if (key == "rounding") return "product";
+    if (key == "search") return json{-1, 1};
+    if (key == "lambda1") return "scalar";
+    if (key == "top_k") return v.get<unsigned>() + 1;
+    return v.get<double>() * 0.5 + 0.25;
+  };
+  int changed = 0;
+  for (const auto& [section, object] : base.items()) {
+    if (!object.is_object()) continue;
+    for (const auto& [key, value] : object.items()) {
+      json edit = base;
+      edit[section][key] = other(key, value);
+      const json back = json::parse(recipe_to_json(parse_recipe(edit.dump(), "r.json")));
+      EXPECT_EQ(back, edit) << section << "." << key;
+      ++changed;
+    }
+  }
+  EXPECT_GE(changed, 20);
+}
+
+TEST(Recipe, RefusesUnknownKeysAndNamesTheNearest) {
+  const std::string line =
+      usage_error([] { parse_recipe(R"({"preset": "fast", "smoothing": {"lamda2": false}})", "my.json"); });
+  EXPECT_THAT(line, HasSubstr("my.json"));
+  EXPECT_THAT(line, HasSubstr("smoothing.lamda2"));
+  EXPECT_THAT(line, HasSubstr("did you mean 'smoothing.lambda2'"));
+  EXPECT_THAT(usage_error([] { parse_recipe(R"({"weigths": {}})", "r.json"); }), HasSubstr("weigths"));
+  EXPECT_THAT(usage_error([] { parse_recipe(R"({"preset": "best?"})", "r.json"); }), HasSubstr("best?"));
+}
+
+TEST(Recipe, RefusesWrongTypesAndRanges) {
+  const auto error = [](const std::string& text) {
+    return usage_error([&] { parse_recipe(text, "r.json"); });
+  };
+  EXPECT_THAT(error(R"({"weights": {"row_scale": "column"}})"), HasSubstr("weights.row_scale"));
+  EXPECT_THAT(error(R"({"weights": {"search": [1, 2]}})"), HasSubstr("weights.search"));
+  EXPECT_THAT(error(R"({"weights": {"search": [-7]}})"), HasSubstr("[low, high]"));
+  EXPECT_THAT(error(R"({"weights": {"levels": [0, 1, 2, 3, 4, 5, 6]}})"), HasSubstr("weights.levels"));
+  EXPECT_THAT(error(R"({"weights": {"levels": [0, 1, 2, 3, 3, 5, 6, 7]}})"), HasSubstr("weights.levels"));
+  EXPECT_THAT(error(R"({"keys": {"alpha": -1}})"), HasSubstr("keys.alpha"));
+  EXPECT_THAT(error(R"({"keys": {"top_k": 1.5}})"), HasSubstr("keys.top_k"));
+  EXPECT_THAT(error(R"({"keys": 3})"), HasSubstr("object"));
+  EXPECT_THAT(error(R"({"kv_cache": "yes"})"), HasSubstr("true or false"));
+  EXPECT_THAT(error("[1]"), HasSubstr("not a JSON object"));
+  EXPECT_THAT(error("{"), HasSubstr("not valid JSON"));
+  EXPECT_THAT(error(R"({"preset": 1})"), HasSubstr("preset"));
+}
+
+}  // namespace
+}  // namespace fireq::calib
