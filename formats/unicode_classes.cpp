@@ -1,0 +1,99 @@
+#include <utf8proc.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "common/error.hpp"
+#include "formats/unicode.hpp"
+
+namespace fireq::formats {
+namespace {
+
+utf8proc_category_t category(char32_t c) noexcept {
+  return utf8proc_category(static_cast<utf8proc_int32_t>(c));
+}
+
+bool between(char32_t c, char32_t lowest, char32_t highest) noexcept {
+  return c >= lowest && c <= highest;
+}
+
+}  // namespace
+
+bool is_white_space(char32_t c) noexcept {
+  if (c < 0x80) return c == ' ' || between(c, '\t', '\r');
+  return c == 0x85 || c == 0xA0 || c == 0x1680 || between(c, 0x2000, 0x200A) || c == 0x2028 || c == 0x2029 ||
+         c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+bool is_number(char32_t c) noexcept {
+  if (c < 0x80) return between(c, '0', '9');
+  const auto k = category(c);
+  return k == UTF8PROC_CATEGORY_ND || k == UTF8PROC_CATEGORY_NL || k == UTF8PROC_CATEGORY_NO;
+}
+
+bool is_punctuation(char32_t c) noexcept {
+  if (c < 0x80)
+    return between(c, '!', '/') || between(c, ':', '@') || between(c, '[', '`') || between(c, '{', '~');
+  const auto k = category(c);
+  return k == UTF8PROC_CATEGORY_PC || k == UTF8PROC_CATEGORY_PD || k == UTF8PROC_CATEGORY_PS ||
+         k == UTF8PROC_CATEGORY_PE || k == UTF8PROC_CATEGORY_PI || k == UTF8PROC_CATEGORY_PF ||
+         k == UTF8PROC_CATEGORY_PO;
+}
+
+bool is_mark_nonspacing(char32_t c) noexcept {
+  return category(c) == UTF8PROC_CATEGORY_MN;
+}
+
+bool is_word(char32_t c) noexcept {
+  switch (category(c)) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_MN:
+    case UTF8PROC_CATEGORY_MC:
+    case UTF8PROC_CATEGORY_ME:
+    case UTF8PROC_CATEGORY_PC:
+      return true;
+    default:
+      // Joiners, and the symbols that are alphabetic: circled, squared and negative letters.
+      return c == 0x200C || c == 0x200D || between(c, 0x24B6, 0x24E9) || between(c, 0x1F130, 0x1F149) ||
+             between(c, 0x1F150, 0x1F169) || between(c, 0x1F170, 0x1F189);
+  }
+}
+
+std::string normal_form(std::string_view text, NormalForm form) {
+  unsigned options = UTF8PROC_STABLE;
+  options |= form == NormalForm::nfc || form == NormalForm::nfkc ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
+  if (form == NormalForm::nfkc || form == NormalForm::nfkd) options |= UTF8PROC_COMPAT;
+  utf8proc_uint8_t* result = nullptr;
+  const utf8proc_ssize_t length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                               static_cast<utf8proc_ssize_t>(text.size()), &result,
+                                               static_cast<utf8proc_option_t>(options));
+  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(result, &std::free);
+  if (length < 0) {
+    throw Error(ErrorKind::input, std::string("text cannot be normalised: ") + utf8proc_errmsg(length));
+  }
+  return {reinterpret_cast<const char*>(result), static_cast<std::size_t>(length)};
+}
+
+std::string lower_case(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  for (std::size_t at = 0; at < text.size();) {
+    const Utf8Step step = utf8_step(text, at);
+    at += step.length;
+    if (step.code_point == 0x130) {  // the one letter whose lower case is two code points
+      out += "i\xCC\x87";
+    } else {
+      append_utf8(static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(step.code_point))),
+                  out);
+    }
+  }
+  return out;
+}
+
+}  // namespace fireq::formats
