@@ -46,8 +46,8 @@ struct ModelConfig {
 ModelConfig read_model_config(const std::string& folder);
 ModelConfig parse_model_config(const std::string& json_text, const std::string& path_for_errors);
 
-// Inverse frequencies [head_dim/2] of RoPE in FP32 as transformers computes them, and the attention factor (1
-// but for yarn).
+// Inverse frequencies [head_dim/2] of RoPE in FP32, operation by operation as transformers computes them
+// (modeling_rope_utils.py: default, linear, llama3).
 std::vector<float> rope_inverse_frequencies(const ModelConfig& config);
 
 }  // namespace fireq::formats

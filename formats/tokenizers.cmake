@@ -1,3 +1,4 @@
+target_sources(fireq_formats PRIVATE model_config.cpp model_config_json.cpp)
 if(FIREQ_WITH_TOKENIZERS)
   pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
   pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
