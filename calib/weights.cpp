@@ -110,7 +110,8 @@ void FolderWeights::check_tensors() const {
   }
   check_tensor(kEmbedding, {config_.vocab, config_.hidden});
   check_tensor(kFinalNorm, {config_.hidden});
-  if (!config_.tied_embeddings || reader_.contains(kHead)) check_tensor(kHead, {config_.vocab, config_.hidden});
+  if (!config_.tied_embeddings || reader_.contains(kHead))
+    check_tensor(kHead, {config_.vocab, config_.hidden});
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     check_tensor(layer_name(layer, "input_layernorm.weight"), {config_.hidden});
     check_tensor(layer_name(layer, "post_attention_layernorm.weight"), {config_.hidden});
