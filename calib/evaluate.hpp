@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -31,15 +30,17 @@ struct EvaluationOptions {
   Precision reference_precision;
 };
 
+// Perplexity over windows, each scoring its last length - 1 tokens. Models whose FP32 weights (with the
+// reference's) fit in 1 GiB stay in memory; larger ones stream, a layer at a time, through chunks of windows.
 EvaluationResult evaluate(const WeightSource& model, const Windows& windows, const EvaluationOptions& options,
                           Progress& progress);
 
-// FP32 logits [n, vocab] of the first n tokens of one window (for golden tests and validate).
+// FP32 logits [ids, vocab] of one window (for golden tests and validate).
 std::vector<float> window_logits(const WeightSource& model, std::span<const std::int32_t> ids,
                                  const Precision& precision, int threads);
 
-// Runs every layer over the windows once, streaming weights; `after_layer` is told each finished layer.
-// Returns nothing: observers collect.
+// Runs every layer over the windows once in FP32, streaming weights, and collects every site. The caller, who
+// knows them, sets meta's fingerprints and seed.
 formats::CalibrationStatistics calibrate(const WeightSource& model, const Windows& windows, int threads,
                                          Progress& progress);
 

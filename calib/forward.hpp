@@ -1,12 +1,18 @@
-// The forward pass on the CPU: decoder layers over a batch of windows, FP32 accumulation, causal attention in
-// blocks of keys with a running maximum (the T x T matrix of the text never exists). Deterministic for any
-// thread count.
+// The forward pass on the CPU: decoder layers over a batch of sequences, FP32 accumulation, causal attention
+// in blocks of keys with a running maximum (the T x T matrix of the text never exists). A token's result does
+// not depend on how many threads run, nor on which other tokens are in the batch. docs/forward-pass.md
+// defines the order of every operation and rounding.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "calib/gemm.hpp"
+#include "calib/kv_cache.hpp"
 #include "calib/weights.hpp"
 #include "formats/statistics.hpp"
 
@@ -21,8 +27,9 @@ struct Precision {
   bool fp8_p = false;
 };
 
-// Sees activations of one site: `rows` tokens of `channels` values, row-major. Called from one thread, in
-// token order within a layer.
+// Sees activations of one site: `rows` tokens of `channels` values, row-major, before they are quantised.
+// Called from one thread; within a layer each site's tokens come in order. q is the query as attention uses
+// it: after bias, QK-norm, RoPE and 1/S.
 class ActivationObserver {
  public:
   ActivationObserver() = default;
@@ -39,20 +46,59 @@ struct RopeTable {
   std::vector<float> cosine, sine;  // [positions, half]
 };
 
-// hidden [windows * length, hidden] is replaced by the layer's output. `layer` numbers errors and picks the
-// sliding window. observer may be null.
-void run_layer(const formats::ModelConfig& config, const LayerWeights& weights, std::uint64_t layer,
+// A layer's weights with its matrices in panels, ready to multiply.
+struct LinearPanels {
+  Panels weight;
+  std::vector<float> row_scale, bias;  // as in LinearWeights
+};
+struct LayerPanels {
+  std::array<LinearPanels, kLinears> linear;
+  std::vector<float> attn_norm, mlp_norm, q_norm, k_norm, k_post_rope_scale;
+  std::uint64_t bytes() const noexcept;
+};
+LayerPanels pack_layer(LayerWeights&& weights, int threads);  // frees each matrix as it is packed
+
+// y [m, rows] (row stride ldy) = x [m, cols] * weight^T with row scales and bias; token_scale null: ones;
+// round_bf16: y is rounded to bf16.
+void apply_linear(const LinearPanels& linear, const float* x, std::size_t ldx, std::size_t m,
+                  const float* token_scale, bool round_bf16, float* y, std::size_t ldy, int threads);
+
+// Consecutive tokens of some sequences: rows of hidden are [sequences, length].
+struct Batch {
+  std::uint64_t sequences = 0;
+  std::uint64_t length = 0;          // tokens of each sequence in this batch
+  std::uint64_t start = 0;           // position of the first of them
+  std::uint64_t first_sequence = 0;  // number of the first sequence in messages
+};
+
+// Runs layers. Keeps its work areas from one layer to the next; not for two threads at a time.
+class LayerRunner {
+ public:
+  LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads);
+  ~LayerRunner();
+  LayerRunner(const LayerRunner&) = delete;
+  LayerRunner& operator=(const LayerRunner&) = delete;
+
+  // hidden [sequences * length, hidden] is replaced by the layer's output; cache gets the new keys and values
+  // and must hold those of positions before start. Throws Error(input) naming layer, site, sequence and token
+  // when an activation is not finite. observer may be null.
+  void run(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope, const Batch& batch,
+           KvCache& cache, std::span<float> hidden, ActivationObserver* observer);
+  // The same for whole sequences from position 0, with a cache of its own.
+  void run(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope, const Batch& batch,
+           std::span<float> hidden, ActivationObserver* observer);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// One layer over whole windows, packing its weights first.
+void run_layer(const formats::ModelConfig& config, LayerWeights weights, std::uint64_t layer,
                const RopeTable& rope, const Precision& precision, std::span<float> hidden,
                std::uint64_t windows, std::uint64_t length, int threads, ActivationObserver* observer);
 
-// Attention outputs, scores and so on share this: out[m, n] = scale[m?] ... see gemm.hpp.
-
-// Logits of `rows` final hidden states (before the final norm), [rows, vocab].
-void run_head(const WeightSource& source, std::span<const float> final_norm, std::span<const float> hidden,
-              std::uint64_t rows, std::span<float> logits, int threads);
-
-// KV cache of one sequence for generation: keys and values after RoPE and smoothing, per layer, quantised
-// when asked.
-class KvCache;
+// Error(input) naming the token when a final hidden state is not finite. rows [sequences * length, hidden].
+void check_final_hidden(std::span<const float> hidden, std::uint64_t width, const Batch& batch);
 
 }  // namespace fireq::calib
