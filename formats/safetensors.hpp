@@ -28,8 +28,11 @@ struct SafetensorsHeader {
   std::uint64_t data_start = 0;  // 8 + header length
 };
 
-// The one validation of a file's header (docs: rules in safetensors.cpp). `head` holds at least the length
-// word and the header; `file_size` is the whole file's size. Throws Error(input).
+inline constexpr std::uint64_t kLargestSafetensorsHeader = 100'000'000;
+
+// The one validation of a file's header, and the only door to a tensor's bytes (rules:
+// docs/checkpoint-format.md, "safetensors files"). `head` holds at least the length word and the header;
+// `file_size` is the whole file's size. Throws Error(input).
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> head, std::uint64_t file_size);
 
 class SafetensorsFile {
@@ -51,12 +54,19 @@ class SafetensorsFile {
 };
 
 // Streaming writer. Declare every tensor first (the header is written from them), then append data in that
-// order.
+// order. The header is padded with spaces so that the data starts at a multiple of 8; tensors in descending
+// order of element size are then all aligned. Equal arguments give equal bytes.
 struct TensorPlan {
   std::string name;
   Dtype dtype = Dtype::f32;
   std::vector<std::uint64_t> shape;
+
+  std::uint64_t bytes() const;  // of its data; Error(input) when it overflows
 };
+
+// Length word and header as the writer makes them.
+std::string make_safetensors_head(std::span<const TensorPlan> plan,
+                                  const std::map<std::string, std::string>& metadata);
 
 class SafetensorsWriter {
  public:
@@ -67,6 +77,7 @@ class SafetensorsWriter {
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
   void append(std::span<const std::byte> bytes);  // any cut; tensors follow one another
   void finish();                                  // checks that all bytes came, fsync, close
+  std::uint64_t file_size() const noexcept;       // of the finished file
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

@@ -1,0 +1,102 @@
+// What the tests of formats/ share: folders that vanish, files from exact bytes, and the error a call ends
+// with.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <optional>
+#include <random>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/error.hpp"
+
+namespace fireq::test {
+
+class TempFolder {
+ public:
+  TempFolder() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "fireq-test-XXXXXX").string();
+    if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+    path_ = pattern;
+  }
+  ~TempFolder() {
+    std::error_code code;
+    std::filesystem::remove_all(path_, code);
+  }
+  TempFolder(const TempFolder&) = delete;
+  TempFolder& operator=(const TempFolder&) = delete;
+
+  const std::string& path() const { return path_; }
+  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+inline void write_bytes(const std::string& path, std::string_view bytes) {
+  std::ofstream out(path, std::ios::binary | std::ios::trunc);
+  out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  out.close();
+  if (!out) throw std::runtime_error("cannot write " + path);
+}
+
+inline std::string read_bytes(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in) throw std::runtime_error("cannot read " + path);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// Every file under `folder`: relative path -> bytes.
+inline std::map<std::string, std::string> read_tree(const std::string& folder) {
+  std::map<std::string, std::string> tree;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
+    if (!entry.is_regular_file()) continue;
+    tree[std::filesystem::relative(entry.path(), folder).string()] = read_bytes(entry.path().string());
+  }
+  return tree;
+}
+
+inline std::string length_word(std::uint64_t n) {
+  std::string word(8, '\0');
+  for (std::size_t i = 0; i < 8; ++i) word[i] = static_cast<char>(n >> (8 * i) & 0xffU);
+  return word;
+}
+
+// The bytes of a safetensors file with this header text, whatever it says.
+inline std::string safetensors_bytes(const std::string& header, std::string_view data) {
+  std::string bytes = length_word(header.size());
+  bytes.append(header).append(data);
+  return bytes;
+}
+
+inline std::string random_bytes(std::mt19937_64& random, std::size_t n) {
+  std::string bytes(n, '\0');
+  for (char& c : bytes) c = static_cast<char>(random() & 0xffU);
+  return bytes;
+}
+
+// The Error that `call` ends with; nullopt when it returns.
+template <typename Call>
+std::optional<Error> error_of(Call&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  return std::nullopt;
+}
+
+inline std::string_view text_of(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+}  // namespace fireq::test
