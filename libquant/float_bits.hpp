@@ -25,7 +25,7 @@ inline std::uint8_t e4m3_from_f32(float value) noexcept {
   return static_cast<std::uint8_t>(sign | ((a >> 20U) - (120U << 3U)));
 }
 
-inline float f32_from_e4m3(std::uint8_t byte) noexcept {
+constexpr float f32_from_e4m3(std::uint8_t byte) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(byte & 0x80U) << 24U;
   const std::uint32_t m = byte & 0x7fU;
   if (m == 0x7fU) return std::bit_cast<float>(sign | 0x7fc00000U);

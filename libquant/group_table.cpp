@@ -13,14 +13,23 @@ double scale_value(unsigned code) {
   return static_cast<double>(bits::f32_from_e4m3(static_cast<std::uint8_t>(code)));
 }
 
-// Smallest non-negative FP32 x with x > limit, or x >= limit when ties go up, as bits (infinity when there is
-// none).
+// kMiddle[c]: half way from the value of byte c to that of c + 1.
+constexpr std::array<double, 126> kMiddle = [] {
+  std::array<double, 126> middle{};
+  for (std::size_t c = 0; c < middle.size(); ++c) {
+    middle[c] = 0.5 * (static_cast<double>(bits::f32_from_e4m3(static_cast<std::uint8_t>(c))) +
+                       static_cast<double>(bits::f32_from_e4m3(static_cast<std::uint8_t>(c + 1))));
+  }
+  return middle;
+}();
+
+// Bits of the smallest non-negative FP32 x with x > limit, or x >= limit when ties go up (infinity when there
+// is none).
 std::uint32_t first_at_or_over(double limit, bool ties_up) {
   const auto x = static_cast<float>(limit);
-  auto u = std::bit_cast<std::uint32_t>(x);
   const auto back = static_cast<double>(x);
-  if (back < limit || (back == limit && !ties_up)) ++u;
-  return std::min(u, bits::kInf);
+  const bool next = (back < limit) | ((back == limit) & !ties_up);
+  return std::min(std::bit_cast<std::uint32_t>(x) + static_cast<std::uint32_t>(next), bits::kInf);
 }
 
 // Smallest number of the 16-bit format at or over the FP32 with bits u.
@@ -37,17 +46,23 @@ std::uint16_t ceil_f16(std::uint32_t u) {
 
 }  // namespace
 
-std::uint8_t group_scale_code(double amax, double unit, std::uint8_t top) {
-  unsigned c = std::clamp<unsigned>(bits::e4m3_from_f32(static_cast<float>(amax / unit)), 1, top);
-  // The quotient above is rounded twice; settle the neighbourhood by exact products. Ties go to the even
-  // code.
+std::uint8_t group_scale_code(double amax, double unit, double inverse_unit, std::uint8_t top) {
+  const auto guess = static_cast<float>(amax * inverse_unit);
+  // Nearly always the guess is a normal number, clear of every midpoint by more than its own error.
+  const auto u = std::bit_cast<std::uint32_t>(guess);
+  const std::uint32_t from_middle = (u - 0x80000U) & 0xfffffU;  // 0 at a midpoint of 4-bit significands
+  if (u >= 0x3c800000U && u < 0x43d00000U && from_middle - 16U < 0xfffffU - 32U) {
+    return static_cast<std::uint8_t>(std::min<std::uint32_t>(((u + 0x80000U) >> 20U) - (120U << 3U), top));
+  }
+  unsigned c = std::clamp<unsigned>(bits::e4m3_from_f32(guess), 1, top);
+  // The guess was rounded more than once; exact products settle its neighbourhood. Ties go to the even code.
   while (c < top) {
-    const double limit = 0.5 * (scale_value(c) + scale_value(c + 1)) * unit;
+    const double limit = kMiddle[c] * unit;
     if (amax < limit || (amax == limit && c % 2 == 0)) break;
     ++c;
   }
   while (c > 1) {
-    const double limit = 0.5 * (scale_value(c - 1) + scale_value(c)) * unit;
+    const double limit = kMiddle[c - 1] * unit;
     if (amax > limit || (amax == limit && c % 2 == 0)) break;
     --c;
   }
@@ -70,46 +85,47 @@ float row_scale_for(float row_max, float top_level) {
   return value(b) / 56.0F;
 }
 
-GroupTables::GroupTables(const Levels& levels, Rounding rounding, Dtype dtype)
-    : levels_(levels), rounding_(rounding), dtype_(dtype), products_(levels) {}
-
-void GroupTables::set_row_scale(float r) noexcept {
-  if (r == r_) return;
-  r_ = r;
-  made_.fill(false);
-}
-
-const GroupTable& GroupTables::get(std::uint8_t sigma) {
-  if (!made_[sigma]) {
-    fill(sigma, tables_[sigma]);
-    made_[sigma] = true;
+GroupTables::GroupTables(const Levels& levels, Rounding rounding, Dtype dtype, bool with_values)
+    : rounding_(rounding),
+      dtype_(dtype),
+      with_values_(with_values),
+      has_zero_(levels.magnitude[0] == 0.0F),
+      products_(levels) {
+  for (std::size_t j = 0; j < 7; ++j) {
+    level_middle_[j] =
+        0.5 * (static_cast<double>(levels.magnitude[j]) + static_cast<double>(levels.magnitude[j + 1]));
   }
-  return tables_[sigma];
 }
 
-void GroupTables::fill(std::uint8_t sigma, GroupTable& table) const {
+void GroupTables::fill(std::uint8_t sigma) {
+  GroupTable& table = tables_[sigma];
+  made_[sigma] = true;
   const std::array<float, 8>& product = products_.value[sigma];
-  const double r = static_cast<double>(r_);
-  const double unit = r * scale_value(sigma);
-  for (std::size_t i = 0; i < 8; ++i) table.value[i] = r_ * product[i];
-  for (std::size_t i = 7; i > 0; --i) {
-    if (rounding_ == Rounding::value) {
-      const double middle =
-          0.5 * (static_cast<double>(levels_.magnitude[i - 1]) + static_cast<double>(levels_.magnitude[i]));
-      table.threshold[i] = first_at_or_over(middle * unit, i % 2 == 0);
-    } else if (product[i] == product[i - 1]) {
-      // Two indices with one value: the lower is used, so index i is only passed through on the way to i + 1.
-      table.threshold[i] = i == 7 ? bits::kInf : table.threshold[i + 1];
-    } else {
-      const double middle = 0.5 * (static_cast<double>(product[i - 1]) + static_cast<double>(product[i]));
-      table.threshold[i] = first_at_or_over(middle * r, false);
+  const auto r = static_cast<double>(r_);
+  if (rounding_ == Rounding::value) {
+    const double unit = r * scale_value(sigma);
+    // Threshold j leads to index j + 1; a tie goes to the even one.
+    for (std::size_t j = 0; j < 7; ++j)
+      table.threshold[j] = first_at_or_over(level_middle_[j] * unit, j % 2 == 1);
+  } else {
+    for (std::size_t j = 0; j < 7; ++j) {
+      const double middle = 0.5 * (static_cast<double>(product[j]) + static_cast<double>(product[j + 1]));
+      table.threshold[j] = first_at_or_over(middle * r, false);
+    }
+    // Where two indices have one value the lower is used: index j + 1 is only passed through on the way to j
+    // + 2.
+    for (std::size_t j = 7; j-- > 0;) {
+      if (product[j] == product[j + 1]) table.threshold[j] = j == 6 ? bits::kInf : table.threshold[j + 1];
     }
   }
-  table.threshold[0] = levels_.magnitude[0] == 0.0F ? table.threshold[1] : 1U;
-  if (dtype_ == Dtype::f32) return;
-  for (std::size_t i = 0; i < 8; ++i) {
-    table.threshold16[i] =
-        dtype_ == Dtype::f16 ? ceil_f16(table.threshold[i]) : ceil_bf16(table.threshold[i]);
+  table.threshold[7] = has_zero_ ? table.threshold[0] : 1U;
+  if (with_values_) {
+    for (std::size_t i = 0; i < 8; ++i) table.value[i] = r_ * product[i];
+  }
+  if (dtype_ == Dtype::f16) {
+    for (std::size_t j = 0; j < 8; ++j) table.threshold16[j] = ceil_f16(table.threshold[j]);
+  } else if (dtype_ == Dtype::bf16) {
+    for (std::size_t j = 0; j < 8; ++j) table.threshold16[j] = ceil_bf16(table.threshold[j]);
   }
 }
 

@@ -19,9 +19,10 @@
 
 namespace fireq::libquant {
 
-// E4M3 byte of sigma = RN8(amax / unit), unit = r * top level, at least 0x01 and at most `top`. Exact: the
-// neighbours' midpoint times unit has at most 53 bits.
-std::uint8_t group_scale_code(double amax, double unit, std::uint8_t top);
+// E4M3 byte of sigma = RN8(amax / unit), unit = r * top level, at least 0x01 and at most `top`. Exact
+// (inverse_unit, about 1 / unit, only makes the first guess): the neighbours' midpoint times unit has at most
+// 53 bits.
+std::uint8_t group_scale_code(double amax, double unit, double inverse_unit, std::uint8_t top);
 
 // r of a row: the smallest bf16 b >= row_max / top_level, at least 2^-9 and at most the largest finite bf16,
 // over 56 in FP32 (so that FP32 56 * r is b again).
@@ -30,18 +31,28 @@ float row_scale_for(float row_max, float top_level);
 // Tables of one r, made when first asked for: neighbouring groups share few sigma codes.
 class GroupTables {
  public:
-  // dtype: f16, bf16 or f32, the format that threshold16 is for.
-  GroupTables(const Levels& levels, Rounding rounding, Dtype dtype);
-  void set_row_scale(float r) noexcept;  // forgets the tables if r changed
-  const GroupTable& get(std::uint8_t sigma);
+  // dtype: f16, bf16 or f32, the format that threshold16 is for. with_values: fill GroupTable::value too.
+  GroupTables(const Levels& levels, Rounding rounding, Dtype dtype, bool with_values);
+
+  void set_row_scale(float r) noexcept {  // forgets the tables if r changed
+    if (r == r_) return;
+    r_ = r;
+    made_.fill(false);
+  }
+  const GroupTable& get(std::uint8_t sigma) {
+    if (!made_[sigma]) fill(sigma);
+    return tables_[sigma];
+  }
 
  private:
-  void fill(std::uint8_t sigma, GroupTable& table) const;
+  void fill(std::uint8_t sigma);
 
-  Levels levels_;
   Rounding rounding_;
   Dtype dtype_;
+  bool with_values_;
+  bool has_zero_;
   ProductTable products_;
+  std::array<double, 7> level_middle_{};  // between levels j and j + 1
   float r_ = 0;
   std::array<bool, 128> made_{};
   std::array<GroupTable, 128> tables_{};

@@ -13,14 +13,14 @@
 
 namespace fireq::libquant {
 
-// What one (second-level scale r, sigma) pair makes of a weight w. Its magnitude index is the number of j
-// in 1..7 with |w| >= threshold[j]; its sign is kept where |w| >= threshold[0]. Thresholds are bit patterns
-// of non-negative numbers, which order like integers, so ">=" is exact whatever the vector width: as FP32,
-// and in the 16-bit format of the tensor that is read (the smallest number of that format at or over the FP32
-// one).
+// What one (second-level scale r, sigma) pair makes of a weight w. Its magnitude index is the number of j in
+// 0..6 with |w| >= threshold[j]; its sign is kept where |w| >= threshold[7]. threshold[0..6] never descend
+// and all are at least 1. They are bit patterns of non-negative numbers, which order like integers, so ">="
+// is exact whatever the vector width: as FP32, and in the 16-bit format of the tensor that is read (the
+// smallest number of that format at or over the FP32 one).
 struct GroupTable {
-  std::array<std::uint32_t, 8> threshold{};
-  std::array<std::uint16_t, 8> threshold16{};
+  alignas(32) std::array<std::uint32_t, 8> threshold{};
+  alignas(16) std::array<std::uint16_t, 8> threshold16{};
   std::array<float, 8> value{};  // FP32(r * product[i]), the reconstruction, for the sigma search
 };
 
@@ -40,12 +40,13 @@ struct RowKernels {
   void (*group_absmax16)(const std::byte* row, std::size_t n, std::uint32_t* out);
   void (*group_absmax32)(const std::byte* row, std::size_t n, std::uint32_t* out);
 
+  // `next` has the same size and is only prefetched: memory works while the row is encoded from cache.
   // Codes of one row, two per byte, element 2i low; tables[g] is group g's. out has ceil(n / 128) * 64 bytes,
   // the padding of the last group becomes code 0.
-  void (*encode_row16)(const std::byte* row, std::size_t n, const GroupTable* const* tables,
-                       std::uint8_t* out);
-  void (*encode_row32)(const std::byte* row, std::size_t n, const GroupTable* const* tables,
-                       std::uint8_t* out);
+  void (*encode_row16)(const std::byte* row, const std::byte* next, std::size_t n,
+                       const GroupTable* const* tables, std::uint8_t* out);
+  void (*encode_row32)(const std::byte* row, const std::byte* next, std::size_t n,
+                       const GroupTable* const* tables, std::uint8_t* out);
 
   // errors[c] = sum over k of weight[k] * (|w[k]| - value)^2 for each of n candidate tables, all in FP32: 16
   // partial sums (element k into partial k mod 16, k ascending), then folded 8 + 8, 4 + 4, 2 + 2, 1 + 1.

@@ -49,8 +49,8 @@ void group_absmax_plain(const std::byte* row, std::size_t n, std::uint32_t* out)
 }
 
 template <typename T>
-void encode_row_plain(const std::byte* row, std::size_t n, const GroupTable* const* tables,
-                      std::uint8_t* out) {
+void encode_row_plain(const std::byte* row, const std::byte* /*next*/, std::size_t n,
+                      const GroupTable* const* tables, std::uint8_t* out) {
   constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1U;
   for (std::size_t begin = 0; begin < n; begin += kGroupSize, ++tables, out += kGroupSize / 2) {
     std::array<T, 8> threshold;
@@ -65,8 +65,8 @@ void encode_row_plain(const std::byte* row, std::size_t n, const GroupTable* con
       const T x = load<T>(row, begin + i);
       const T magnitude = static_cast<T>(x & kMagnitude);
       unsigned index = 0;
-      for (std::size_t j = 1; j < 8; ++j) index += magnitude >= threshold[j] ? 1U : 0U;
-      const unsigned sign = x != magnitude && magnitude >= threshold[0] ? 8U : 0U;
+      for (std::size_t j = 0; j < 7; ++j) index += magnitude >= threshold[j] ? 1U : 0U;
+      const unsigned sign = x != magnitude && magnitude >= threshold[7] ? 8U : 0U;
       code[i] = static_cast<std::uint8_t>(sign | index);
     }
     for (std::size_t i = 0; i < kGroupSize / 2; ++i) {
@@ -83,7 +83,7 @@ void search_errors_plain(const float* magnitude, const float* weight, const Grou
     for (std::size_t k = 0; k < kGroupSize; ++k) {
       const auto m = std::bit_cast<std::uint32_t>(magnitude[k]);
       float value = table.value[0];
-      for (std::size_t j = 1; j < 8; ++j) value = m >= table.threshold[j] ? table.value[j] : value;
+      for (std::size_t j = 0; j < 7; ++j) value = m >= table.threshold[j] ? table.value[j + 1] : value;
       const float error = magnitude[k] - value;
       partial[k % 16] += weight[k] * (error * error);
     }
@@ -131,8 +131,10 @@ const RowKernels& plain_kernels() noexcept {
   return kPlain;
 }
 
+#ifndef FIREQ_HIGHWAY  // else row_kernels_simd.cpp has it
 const RowKernels& kernels() noexcept {
   return kPlain;
 }
+#endif
 
 }  // namespace fireq::libquant

@@ -59,7 +59,7 @@ class RowQuantizer {
         groups_((cols + kGroupSize - 1) / kGroupSize),
         top_(options.row_scale == RowScale::row ? kTopRowScale : kTopScale),
         searching_(options.search_low != 0 || options.search_high != 0),
-        tables_(options.levels, options.rounding, dtype),
+        tables_(options.levels, options.rounding, dtype, searching_),
         absmax_(groups_),
         chosen_(groups_) {
     if (!searching_) return;
@@ -81,7 +81,8 @@ class RowQuantizer {
     errors_.resize(offsets_.size());
   }
 
-  void quantize(const std::byte* row, std::uint64_t index, QuantizedLinear& out) {
+  // next: the row that follows, or `row` itself; only prefetched.
+  void quantize(const std::byte* row, const std::byte* next, std::uint64_t index, QuantizedLinear& out) {
     const bool wide = dtype_ == Dtype::f32;
     (wide ? kernels_.group_absmax32 : kernels_.group_absmax16)(row, cols_, absmax_.data());
     const std::uint32_t largest = *std::max_element(absmax_.begin(), absmax_.end());
@@ -95,18 +96,20 @@ class RowQuantizer {
     tables_.set_row_scale(r);
     if (searching_) load_magnitudes(row);
     const double unit = static_cast<double>(r) * static_cast<double>(options_.levels.magnitude[7]);
+    const double inverse_unit = 1.0 / unit;
     std::uint8_t* scales = out.group_scales.data() + index * groups_;
     for (std::size_t g = 0; g < groups_; ++g) {
       std::uint8_t sigma = 1;  // an all-zero group
       if (absmax_[g] != 0) {
-        sigma = group_scale_code(static_cast<double>(bits_to_float(absmax_[g], dtype_)), unit, top_);
+        sigma = group_scale_code(static_cast<double>(bits_to_float(absmax_[g], dtype_)), unit, inverse_unit,
+                                 top_);
         if (searching_) sigma = search(g, sigma);
       }
       scales[g] = sigma;
       chosen_[g] = &tables_.get(sigma);
     }
     (wide ? kernels_.encode_row32 : kernels_.encode_row16)(
-        row, cols_, chosen_.data(), out.codes.data() + index * groups_ * (kGroupSize / 2));
+        row, next, cols_, chosen_.data(), out.codes.data() + index * groups_ * (kGroupSize / 2));
   }
 
  private:
@@ -210,7 +213,10 @@ void quantize_rows_raw(std::span<const std::byte> w, Dtype dtype, std::uint64_t 
     throw Error(ErrorKind::internal, "the per-tensor scale is not set");
   }
   RowQuantizer quantizer(out.cols, dtype, options, column_weight);
-  for (std::uint64_t i = 0; i < count; ++i) quantizer.quantize(w.data() + i * row_bytes, row_begin + i, out);
+  for (std::uint64_t i = 0; i < count; ++i) {
+    const std::byte* row = w.data() + i * row_bytes;
+    quantizer.quantize(row, i + 1 < count ? row + row_bytes : row, row_begin + i, out);
+  }
 }
 
 void quantize_rows(std::span<const float> w, std::uint64_t row_begin, std::uint64_t count,
