@@ -235,7 +235,6 @@ Recipe preset_recipe(const std::string& name) {
       r.weights.search_low = -7;
       r.weights.search_high = 2;
       r.weighted_search = true;
-      r.value_power_of_two = true;
     }
     return r;
   }
