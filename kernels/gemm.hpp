@@ -1,6 +1,6 @@
-// y = x8 w8^T on the GPU, straight from the packed bytes of a checkpoint: one entry for every number of tokens.
-// Errors: Error(usage) for operands that break the rules of types.hpp, Error(environment) for a failing CUDA call or a build
-// without CUDA.
+// y = x8 w8^T on the GPU, straight from the packed bytes of a checkpoint: one entry for every number of
+// tokens. Errors: Error(usage) for operands that break the rules of types.hpp, Error(environment) for a
+// failing CUDA call or a build without CUDA.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,8 @@
 
 namespace fireq::kernels {
 
-// Device memory that launches on one stream share; kernels leave it as init_workspace made it. Two streams need two.
+// Device memory that launches on one stream share; kernels leave it as init_workspace made it. Two streams
+// need two.
 struct Workspace {
   void* data = nullptr;  // 256-byte aligned
   std::size_t bytes = 0;
@@ -20,8 +21,9 @@ struct Workspace {
 struct GemmOptions {
   Stream stream = nullptr;
   Workspace workspace;
-  // Programmatic dependent launch: the kernel may start before the one launched before it on the stream has ended. It reads
-  // weights (tiles, row scales, bias) at once, so the kernel before must not write those; activations, residual and output wait.
+  // Programmatic dependent launch: the kernel may start before the one launched before it on the stream has
+  // ended. It reads weights (tiles, row scales, bias) at once, so the kernel before must not write those;
+  // activations, residual and output wait.
   bool programmatic = false;
   std::optional<GemmConfig> config;  // instead of the heuristic's choice
 };
@@ -35,9 +37,10 @@ void init_workspace(const Workspace& workspace, Stream stream);
 void gemm_w4a8(const TokensRef& x, const WeightRef& w, const OutputRef& y, const Epilogue& epilogue,
                const GemmOptions& options);
 
-// Writes the operands that a configuration's kernel multiplies, as it holds them in registers, to out8 [N, Kp]: what
-// `validate` compares bit by bit with the definition. Only for Route::decode, Route::prefill and Route::portable.
-void dump_operands(const WeightRef& w, const GemmConfig& config, std::uint8_t* out8, const Workspace& workspace,
-                   Stream stream);
+// Writes the operands that a configuration's kernel multiplies, as it holds them in registers, to out8 [N,
+// Kp]: what `validate` compares bit by bit with the definition. Only for Route::decode, Route::prefill and
+// Route::portable.
+void dump_operands(const WeightRef& w, const GemmConfig& config, std::uint8_t* out8,
+                   const Workspace& workspace, Stream stream);
 
 }  // namespace fireq::kernels

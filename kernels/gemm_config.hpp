@@ -1,4 +1,5 @@
-// Which kernel runs a GEMM, and with which tile: a small struct, chosen on the host from shapes and the device alone.
+// Which kernel runs a GEMM, and with which tile: a small struct, chosen on the host from shapes and the
+// device alone.
 #pragma once
 
 #include <cstdint>
@@ -42,13 +43,14 @@ struct GemmChoice {
   GemmConfig config;
   std::string reason;  // for --explain
 };
-GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens, std::uint64_t rows,
-                       std::uint64_t cols);
+GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
+                       std::uint64_t rows, std::uint64_t cols);
 
 // K groups a pipeline stage of the decode kernel holds.
 constexpr std::uint32_t decode_groups_per_unit(std::uint32_t token_tile) {
   return token_tile <= 16 ? 2 : 1;
 }
-SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config, std::uint32_t multiprocessors);
+SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config,
+                      std::uint32_t multiprocessors);
 
 }  // namespace fireq::kernels

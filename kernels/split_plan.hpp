@@ -1,6 +1,7 @@
-// How row blocks are divided among workers (CTAs or clusters) when a GEMM has fewer or more blocks than workers: the first
-// `split_blocks` blocks are cut along K into equal shares, one per worker; every worker then takes whole blocks. Splitting
-// first lets the partial sums travel while the whole blocks are computed. Used on the host (tests, heuristics) and the device.
+// How row blocks are divided among workers (CTAs or clusters) when a GEMM has fewer or more blocks than
+// workers: the first `split_blocks` blocks are cut along K into equal shares, one per worker; every worker
+// then takes whole blocks. Splitting first lets the partial sums travel while the whole blocks are computed.
+// Used on the host (tests, heuristics) and the device.
 #pragma once
 
 #include <cstdint>
@@ -27,14 +28,17 @@ struct SplitPlan {
     return static_cast<std::uint32_t>(static_cast<std::uint64_t>(worker) * split_units() / split_workers);
   }
   FIREQ_HOST_DEVICE std::uint32_t worker_of(std::uint32_t unit) const {
-    return static_cast<std::uint32_t>(((static_cast<std::uint64_t>(unit) + 1) * split_workers - 1) / split_units());
+    return static_cast<std::uint32_t>(((static_cast<std::uint64_t>(unit) + 1) * split_workers - 1) /
+                                      split_units());
   }
   FIREQ_HOST_DEVICE std::uint32_t first_worker(std::uint32_t block) const { return worker_of(block * units); }
-  FIREQ_HOST_DEVICE std::uint32_t last_worker(std::uint32_t block) const { return worker_of(block * units + units - 1); }
+  FIREQ_HOST_DEVICE std::uint32_t last_worker(std::uint32_t block) const {
+    return worker_of(block * units + units - 1);
+  }
 };
 
-// `minimum_share`: a remainder that would give a worker fewer units than this is split together with one more round of
-// blocks, so that no worker handles crumbs.
+// `minimum_share`: a remainder that would give a worker fewer units than this is split together with one more
+// round of blocks, so that no worker handles crumbs.
 inline SplitPlan make_split_plan(std::uint32_t blocks, std::uint32_t units, std::uint32_t workers,
                                  std::uint32_t minimum_share) {
   SplitPlan plan;
@@ -88,8 +92,10 @@ class SegmentWalk {
   std::uint32_t position_, end_, whole_;
 };
 
-// A worker has at most two partial segments: the tail of its first block (slot 0) and the head of its last (slot 1).
-FIREQ_HOST_DEVICE std::uint32_t partial_slot(const SplitPlan& plan, std::uint32_t worker, std::uint32_t block) {
+// A worker has at most two partial segments: the tail of its first block (slot 0) and the head of its last
+// (slot 1).
+FIREQ_HOST_DEVICE std::uint32_t partial_slot(const SplitPlan& plan, std::uint32_t worker,
+                                             std::uint32_t block) {
   return plan.share_begin(worker) / plan.units == block ? 0 : 1;
 }
 

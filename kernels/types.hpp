@@ -1,7 +1,8 @@
-// The operands of a FireQ linear layer as the kernels see them: plain pointers and shapes. M tokens, N output channels, K input
-// channels, Kp = K rounded up to 128, groups = Kp / 128. The same structs describe device memory for the GPU functions and host
-// memory for their CPU twins. The product (docs/numerics.md): y[m, n] = bf16( (a[m] r[n]) sum_k x8[m, k] w8[n, k] + bias[n] +
-// residual[m, n] ), w8 = +-RN8(level sigma), FP32 arithmetic.
+// The operands of a FireQ linear layer as the kernels see them: plain pointers and shapes. M tokens, N output
+// channels, K input channels, Kp = K rounded up to 128, groups = Kp / 128. The same structs describe device
+// memory for the GPU functions and host memory for their CPU twins. The product (docs/numerics.md): y[m, n] =
+// bf16( (a[m] r[n]) sum_k x8[m, k] w8[n, k] + bias[n] + residual[m, n] ), w8 = +-RN8(level sigma), FP32
+// arithmetic.
 #pragma once
 
 #include <array>

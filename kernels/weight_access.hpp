@@ -1,5 +1,6 @@
-// Where a weight's code and scale sit in either layout, for host and device code that goes element by element.
-// Four codes with k a multiple of 4 ("a quad") are the smallest piece that both layouts keep together.
+// Where a weight's code and scale sit in either layout, for host and device code that goes element by
+// element. Four codes with k a multiple of 4 ("a quad") are the smallest piece that both layouts keep
+// together.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace fireq::kernels {
 
-// Byte offset in the tiles of the 32-bit word with the codes of row n, column k (k % 4 == 0), and which half of it (0: codes 0-3).
+// Byte offset in the tiles of the 32-bit word with the codes of row n, column k (k % 4 == 0), and which half
+// of it (0: codes 0-3).
 struct WordPlace {
   std::uint64_t offset;
   std::uint32_t half;
@@ -27,8 +29,8 @@ FIREQ_HOST_DEVICE WordPlace sm90_word(std::uint64_t n, std::uint64_t k, std::uin
 FIREQ_HOST_DEVICE std::uint64_t sm90_scale(std::uint64_t n, std::uint64_t group, std::uint64_t groups) {
   const std::uint64_t tile = n / kTileRows * groups + group;
   const std::uint32_t row = static_cast<std::uint32_t>(n % kHalfRows);
-  return tile * kTileBytes + n % kTileRows / kHalfRows * kHalfBytes + kHalfCodeBytes + (row / 16 * 8 + row % 8) * 2 +
-         row % 16 / 8;
+  return tile * kTileBytes + n % kTileRows / kHalfRows * kHalfBytes + kHalfCodeBytes +
+         (row / 16 * 8 + row % 8) * 2 + row % 16 / 8;
 }
 
 // A word of the sm90 layout and its two quads (16 bits each: four nibbles, sign in bit 3, lowest k lowest).
@@ -64,13 +66,15 @@ FIREQ_HOST_DEVICE std::uint32_t load_quad(const WeightRef& w, std::uint64_t n, s
   const std::uint32_t word = *reinterpret_cast<const std::uint32_t*>(p);
 #else
   const std::uint32_t word = static_cast<std::uint32_t>(p[0]) | static_cast<std::uint32_t>(p[1]) << 8U |
-                             static_cast<std::uint32_t>(p[2]) << 16U | static_cast<std::uint32_t>(p[3]) << 24U;
+                             static_cast<std::uint32_t>(p[2]) << 16U |
+                             static_cast<std::uint32_t>(p[3]) << 24U;
 #endif
   return split_quad(word, place.half);
 }
 FIREQ_HOST_DEVICE std::uint8_t load_scale(const WeightRef& w, std::uint64_t n, std::uint64_t group) {
   const std::uint64_t groups = (w.cols + kGroup - 1) / kGroup;
-  return w.layout == WeightLayout::row ? w.group_scales[n * groups + group] : w.tiles[sm90_scale(n, group, groups)];
+  return w.layout == WeightLayout::row ? w.group_scales[n * groups + group]
+                                       : w.tiles[sm90_scale(n, group, groups)];
 }
 
 }  // namespace fireq::kernels

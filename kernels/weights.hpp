@@ -1,4 +1,5 @@
-// Weight layouts on the GPU: prepack row <-> sm90, byte-identical to the CPU's, and dequantisation to FP8 operands.
+// Weight layouts on the GPU: prepack row <-> sm90, byte-identical to the CPU's, and dequantisation to FP8
+// operands.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Per-token FP8 quantisation, alone and behind RMSNorm or SiLU * up. One CTA a token: the row's bf16 values stay in registers
-// between the maximum and the rounding (up to 8192 a CTA pass of registers; longer rows are computed twice), so memory is read once.
+// Per-token FP8 quantisation, alone and behind RMSNorm or SiLU * up. One CTA a token: the row's bf16 values
+// stay in registers between the maximum and the rounding (up to 8192 a CTA pass of registers; longer rows are
+// computed twice), so memory is read once.
 #include <cuda_fp8.h>
 
 #include "kernels/activations.hpp"
@@ -11,8 +12,8 @@ namespace fireq::kernels {
 namespace {
 
 constexpr std::uint32_t kThreads = 256;
-constexpr std::uint32_t kVector = 8;     // bf16 values a 16-byte load
-constexpr std::uint32_t kKept = 4;       // vectors that a thread keeps in registers: rows up to 8192
+constexpr std::uint32_t kVector = 8;  // bf16 values a 16-byte load
+constexpr std::uint32_t kKept = 4;    // vectors that a thread keeps in registers: rows up to 8192
 
 struct ActivationParams {
   const std::uint16_t* x;
@@ -51,8 +52,8 @@ __device__ float reduce(float v, Op op, float* scratch) {
   return v;
 }
 
-__device__ __forceinline__ void load_vector(const std::uint16_t* row, std::uint32_t k, std::uint32_t cols, bool vectors,
-                                            float (&v)[kVector]) {
+__device__ __forceinline__ void load_vector(const std::uint16_t* row, std::uint32_t k, std::uint32_t cols,
+                                            bool vectors, float (&v)[kVector]) {
   if (vectors) {
     const uint4 u = *reinterpret_cast<const uint4*>(row + k);
     const std::uint32_t w[4] = {u.x, u.y, u.z, u.w};
@@ -105,7 +106,8 @@ __device__ __forceinline__ void store_sum(const ActivationParams& p, std::uint64
   }
 }
 
-__device__ __forceinline__ void normalize(const ActivationParams& p, std::uint32_t k, float inverse, float (&v)[kVector]) {
+__device__ __forceinline__ void normalize(const ActivationParams& p, std::uint32_t k, float inverse,
+                                          float (&v)[kVector]) {
 #pragma unroll
   for (std::uint32_t i = 0; i < kVector; ++i)
     v[i] = k + i < p.cols ? round_bf16(__fmul_rn(__fmul_rn(v[i], inverse), __ldg(p.weight + k + i))) : 0.0F;
@@ -117,7 +119,8 @@ __device__ __forceinline__ void store_x8(const ActivationParams& p, std::uint64_
 #pragma unroll
   for (std::uint32_t i = 0; i < kVector; i += 2) {
     const float2 q = make_float2(__fdiv_rn(v[i], a), __fdiv_rn(v[i + 1], a));
-    w[i / 4] |= static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3)) << (8 * (i % 4));
+    w[i / 4] |= static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3))
+                << (8 * (i % 4));
   }
   std::uint8_t* out = p.x8 + m * p.out_pitch + k;
   if (p.vectors) {
@@ -155,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
 #pragma unroll
           for (std::uint32_t j = 0; j < kVector; ++j) kept[c][j] = v[j];
     }
-    squares = reduce(squares, [](float a, float b) { return a + b; }, scratch);
+    squares = reduce(
+        squares, [](float a, float b) { return a + b; }, scratch);
     inverse = __frsqrt_rn(__fdiv_rn(squares, static_cast<float>(p.cols)) + p.epsilon);
   }
   float largest = 0x1p-20F;
@@ -189,7 +193,8 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
 #pragma unroll
         for (std::uint32_t j = 0; j < kVector; ++j) kept[c][j] = v[j];
   }
-  largest = reduce(largest, [](float a, float b) { return fmaxf(a, b); }, scratch);
+  largest = reduce(
+      largest, [](float a, float b) { return fmaxf(a, b); }, scratch);
   const float a = __fmul_rn(largest, 1.0F / 448.0F);
   if (threadIdx.x == 0) p.scale[m] = a;
   for (std::uint32_t i = 0; i * kThreads < vectors; ++i) {
@@ -229,24 +234,24 @@ void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const Qua
   p.x8 = out.x8;
   p.out_pitch = out.pitch;
   p.scale = out.scale;
-  p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 && aligned(p.x) &&
-              aligned(p.second) && aligned(p.sum) && aligned(p.x8);
-  launch(activation_kernel<kKind>, {static_cast<std::uint32_t>(tokens), kThreads, 0, 1, options.programmatic, options.stream},
-         what, p);
+  p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 &&
+              aligned(p.x) && aligned(p.second) && aligned(p.sum) && aligned(p.x8);
+  launch(activation_kernel<kKind>,
+         {static_cast<std::uint32_t>(tokens), kThreads, 0, 1, options.programmatic, options.stream}, what, p);
 }
 
 }  // namespace
 
-void quantize_activations(const Bf16Ref& x, std::uint64_t tokens, std::uint64_t cols, const QuantizedTokens& out,
-                          const ActivationOptions& options) {
+void quantize_activations(const Bf16Ref& x, std::uint64_t tokens, std::uint64_t cols,
+                          const QuantizedTokens& out, const ActivationOptions& options) {
   ActivationParams p{};
   p.x = x.data;
   p.pitch = x.pitch;
   run<Kind::plain>(p, tokens, cols, out, options, "activation quantiser");
 }
 
-void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t cols, const QuantizedTokens& out,
-                      const ActivationOptions& options) {
+void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t cols,
+                      const QuantizedTokens& out, const ActivationOptions& options) {
   ActivationParams p{};
   p.x = in.x.data;
   p.pitch = in.x.pitch;
@@ -258,8 +263,8 @@ void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t c
   run<Kind::norm>(p, tokens, cols, out, options, "RMSNorm and quantiser");
 }
 
-void silu_mul_quantize(const Bf16Ref& gate_up, std::uint64_t tokens, std::uint64_t cols, const QuantizedTokens& out,
-                       const ActivationOptions& options) {
+void silu_mul_quantize(const Bf16Ref& gate_up, std::uint64_t tokens, std::uint64_t cols,
+                       const QuantizedTokens& out, const ActivationOptions& options) {
   ActivationParams p{};
   p.x = gate_up.data;
   p.pitch = gate_up.pitch;

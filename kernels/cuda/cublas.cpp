@@ -1,5 +1,5 @@
-// The route through cuBLASLt: operands dequantised to FP8 scratch, then an FP8 matmul whose outer-vector scales are a and r
-// themselves, so that it computes the definition's product.
+// The route through cuBLASLt: operands dequantised to FP8 scratch, then an FP8 matmul whose outer-vector
+// scales are a and r themselves, so that it computes the definition's product.
 #include <cublasLt.h>
 
 #include <array>
@@ -17,7 +17,8 @@ constexpr std::size_t kLibraryWorkspace = std::size_t{32} << 20U;
 
 void check_cublas(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw Error(ErrorKind::environment, std::string("cuBLASLt: ") + what).found(cublasLtGetStatusString(status));
+  throw Error(ErrorKind::environment, std::string("cuBLASLt: ") + what)
+      .found(cublasLtGetStatusString(status));
 }
 
 cublasLtHandle_t handle() {
@@ -31,7 +32,9 @@ cublasLtHandle_t handle() {
 
 struct Descriptor {
   cublasLtMatmulDesc_t value = nullptr;
-  Descriptor() { check_cublas(cublasLtMatmulDescCreate(&value, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation"); }
+  Descriptor() {
+    check_cublas(cublasLtMatmulDescCreate(&value, CUBLAS_COMPUTE_32F, CUDA_R_32F), "operation");
+  }
   ~Descriptor() { cublasLtMatmulDescDestroy(value); }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
@@ -43,7 +46,8 @@ struct Descriptor {
 struct Layout {
   cublasLtMatrixLayout_t value = nullptr;
   Layout(cudaDataType_t type, std::uint64_t rows, std::uint64_t cols, std::uint64_t ld) {
-    check_cublas(cublasLtMatrixLayoutCreate(&value, type, rows, cols, static_cast<std::int64_t>(ld)), "layout");
+    check_cublas(cublasLtMatrixLayoutCreate(&value, type, rows, cols, static_cast<std::int64_t>(ld)),
+                 "layout");
   }
   ~Layout() { cublasLtMatrixLayoutDestroy(value); }
   Layout(const Layout&) = delete;
@@ -70,12 +74,14 @@ std::size_t cublas_scratch_bytes(std::uint64_t rows, std::uint64_t cols) {
   return (operands + 255) / 256 * 256 + (vectors + 255) / 256 * 256 + kLibraryWorkspace;
 }
 
-void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratch_bytes, const GemmOptions& options) {
+void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratch_bytes,
+                   const GemmOptions& options) {
   const WeightRef& w = problem.w;
   const TokensRef& x = problem.x;
   if (w.rows % 8 != 0 || w.cols % 16 != 0 || w.per_tensor || problem.epilogue.bias != nullptr ||
       problem.epilogue.residual != nullptr)
-    throw Error(ErrorKind::usage, "the cuBLASLt route takes N % 8 == 0, K % 16 == 0, row scales and a plain epilogue")
+    throw Error(ErrorKind::usage,
+                "the cuBLASLt route takes N % 8 == 0, K % 16 == 0, row scales and a plain epilogue")
         .found(std::to_string(w.rows) + " x " + std::to_string(w.cols));
   auto* base = static_cast<std::uint8_t*>(scratch);
   const std::size_t operands = (static_cast<std::size_t>(w.rows) * w.padded_cols() + 255) / 256 * 256;
@@ -99,16 +105,16 @@ void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratc
   const Preference preference(library_bytes);
   cublasLtMatmulHeuristicResult_t best{};
   int found = 0;
-  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle(), op.value, a.value, b.value, d.value, d.value, preference.value,
-                                              1, &best, &found),
+  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle(), op.value, a.value, b.value, d.value, d.value,
+                                              preference.value, 1, &best, &found),
                "algorithm search");
   if (found == 0) throw Error(ErrorKind::environment, "cuBLASLt has no algorithm for this FP8 product");
   const float one = 1.0F;
   const float zero = 0.0F;
-  check_cublas(cublasLtMatmul(handle(), op.value, &one, base, a.value, x.x8, b.value, &zero, problem.y.data, d.value,
-                              problem.y.data, d.value, &best.algo, library, library_bytes,
-                              as_stream(options.stream)),
-               "matmul");
+  check_cublas(
+      cublasLtMatmul(handle(), op.value, &one, base, a.value, x.x8, b.value, &zero, problem.y.data, d.value,
+                     problem.y.data, d.value, &best.algo, library, library_bytes, as_stream(options.stream)),
+      "matmul");
 }
 
 }  // namespace fireq::kernels

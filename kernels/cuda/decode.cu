@@ -1,8 +1,7 @@
 // Host side of the decode kernel, and its instances.
-#include "kernels/cuda/decode.cuh"
-
 #include <algorithm>
 
+#include "kernels/cuda/decode.cuh"
 #include "kernels/cuda/kernels.hpp"
 #include "kernels/cuda/runtime.hpp"
 
@@ -44,10 +43,14 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
   p.dump = problem.dump;
   p.groups = static_cast<std::uint32_t>(w.groups());
   p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
-  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols, problem.x.pitch,
-                                          Traits::kTokens / Traits::kCluster, kGroup);
-  const LaunchShape shape{p.plan.workers * Traits::kCluster, kDecodeThreads,       Traits::kSharedBytes,
-                          Traits::kCluster,                  options.programmatic, options.stream};
+  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
+                                          problem.x.pitch, Traits::kTokens / Traits::kCluster, kGroup);
+  const LaunchShape shape{p.plan.workers * Traits::kCluster,
+                          kDecodeThreads,
+                          Traits::kSharedBytes,
+                          Traits::kCluster,
+                          options.programmatic,
+                          options.stream};
   if (problem.dump == nullptr)
     launch(decode_kernel<Traits, false>, shape, "decode kernel", map, p);
   else

@@ -1,19 +1,22 @@
 // Decode GEMM for sm_90a, up to 64 tokens: y[M, N] = (a r) (x8 w8^T), weights streamed once from memory.
 //
-// The weights are the register operand of wgmma (64 rows a warpgroup) and the tokens the shared-memory one, so that few tokens
-// cost few columns, and codes are expanded to FP8 between a shared-memory load and the multiply, each once.
+// The weights are the register operand of wgmma (64 rows a warpgroup) and the tokens the shared-memory one,
+// so that few tokens cost few columns, and codes are expanded to FP8 between a shared-memory load and the
+// multiply, each once.
 //   warps 0-7   two consumer warpgroups, one 64-row half of a 128-row tile each
-//   warp 8      fills the weight ring by bulk copies; never waits for the previous kernel, whose time it uses to fill the ring
-//   warp 9      waits for the previous kernel (programmatic dependent launch), then fills the token ring by tensor copies
-// The grid is one CTA per multiprocessor; a CTA takes at most half of a multiprocessor's shared memory and registers, so that the
-// next kernel's CTAs are resident, and its rings full, when this one ends. SplitPlan divides the row blocks; partial sums of
-// blocks that several workers share go to a workspace in which every word is kEmpty between launches: the owner of a piece polls
-// the data itself, adds in worker order (the same bits every time) and restores kEmpty: no counters, no fences.
-// With a cluster of two, the CTAs take neighbouring row tiles of the same step along K, and each fetches half of the tokens for both:
-// at 32 tokens and more, tokens would otherwise be as much L2 traffic as the weights.
+//   warp 8      fills the weight ring by bulk copies; never waits for the previous kernel, whose time it uses
+//   to fill the ring warp 9      waits for the previous kernel (programmatic dependent launch), then fills
+//   the token ring by tensor copies
+// The grid is one CTA per multiprocessor; a CTA takes at most half of a multiprocessor's shared memory and
+// registers, so that the next kernel's CTAs are resident, and its rings full, when this one ends. SplitPlan
+// divides the row blocks; partial sums of blocks that several workers share go to a workspace in which every
+// word is kEmpty between launches: the owner of a piece polls the data itself, adds in worker order (the same
+// bits every time) and restores kEmpty: no counters, no fences. With a cluster of two, the CTAs take
+// neighbouring row tiles of the same step along K, and each fetches half of the tokens for both: at 32 tokens
+// and more, tokens would otherwise be as much L2 traffic as the weights.
 //
-// The accumulators of FP8 wgmma keep about 13 bits below the running sum: every kPromoteK of K they are added to FP32 sums and
-// cleared.
+// The accumulators of FP8 wgmma keep about 13 bits below the running sum: every kPromoteK of K they are added
+// to FP32 sums and cleared.
 #pragma once
 
 #include <cuda.h>
@@ -21,18 +24,19 @@
 #include <cstdint>
 
 #include "kernels/cuda/epilogue.cuh"
-#include "kernels/cuda/expand.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/weight_tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
-#include "kernels/sm90_layout.hpp"
 #include "kernels/split_plan.hpp"
 
 namespace fireq::kernels {
 
-inline constexpr std::uint32_t kEmpty = 0xffffffffU;  // a NaN that arithmetic never makes (it makes 0x7fffffff)
+inline constexpr std::uint32_t kEmpty =
+    0xffffffffU;  // a NaN that arithmetic never makes (it makes 0x7fffffff)
 inline constexpr std::uint32_t kPromoteK = 2048;
 inline constexpr std::uint32_t kDecodeThreads = 320;
-inline constexpr std::uint32_t kDecodeSharedLimit = 115712;  // half of a multiprocessor's 228 KB, less 1 KB a CTA
+inline constexpr std::uint32_t kDecodeSharedLimit =
+    115712;  // half of a multiprocessor's 228 KB, less 1 KB a CTA
 
 struct DecodeParams {
   const std::uint8_t* tiles;
@@ -41,13 +45,13 @@ struct DecodeParams {
   LevelsParam levels;
   SplitPlan plan;
   uint4* workspace;
-  std::uint8_t* dump;        // expanded operands [N, Kp], debug kernels only
-  std::uint32_t groups;      // Kp / 128
-  std::uint32_t row_tiles;   // ceil(N / 128)
+  std::uint8_t* dump;       // expanded operands [N, Kp], debug kernels only
+  std::uint32_t groups;     // Kp / 128
+  std::uint32_t row_tiles;  // ceil(N / 128)
 };
 
-template <std::uint32_t kTokens_, std::uint32_t kGroups_, std::uint32_t kCluster_, std::uint32_t kWeightStages_,
-          std::uint32_t kTokenStages_>
+template <std::uint32_t kTokens_, std::uint32_t kGroups_, std::uint32_t kCluster_,
+          std::uint32_t kWeightStages_, std::uint32_t kTokenStages_>
 struct DecodeTraits {
   static constexpr std::uint32_t kTokens = kTokens_;  // columns of the multiply
   static constexpr std::uint32_t kGroups = kGroups_;  // K groups a pipeline stage
@@ -55,8 +59,9 @@ struct DecodeTraits {
   static constexpr std::uint32_t kWeightStages = kWeightStages_;
   static constexpr std::uint32_t kTokenStages = kTokenStages_;
   static constexpr std::uint32_t kAccumulators = kTokens / 2;
-  static constexpr std::uint32_t kBlocks = kTokens / 8;  // 16 x 8 accumulator blocks of a thread: four values each
-  static constexpr bool kSumsInShared = kTokens >= 64;   // no registers left for a second set
+  static constexpr std::uint32_t kBlocks =
+      kTokens / 8;  // 16 x 8 accumulator blocks of a thread: four values each
+  static constexpr bool kSumsInShared = kTokens >= 64;  // no registers left for a second set
   static constexpr std::uint32_t kChunk = kPromoteK / (kGroup * kGroups);  // units between promotions
 
   static constexpr std::uint32_t kTokenGroupBytes = kTokens * kGroup;
@@ -64,26 +69,14 @@ struct DecodeTraits {
   static constexpr std::uint32_t kWeightStageBytes = kGroups * kTileBytes;
 
   static constexpr std::uint32_t kTableOffset = 0;  // 1024-byte aligned, so that an index is or-ed in
-  static constexpr std::uint32_t kTokenOffset = kTableOffset + kTableBytes;  // 1024-byte aligned for the swizzle
+  static constexpr std::uint32_t kTokenOffset =
+      kTableOffset + kTableBytes;  // 1024-byte aligned for the swizzle
   static constexpr std::uint32_t kSumOffset = kTokenOffset + kTokenStages * kTokenStageBytes;
   static constexpr std::uint32_t kWeightOffset = kSumOffset + (kSumsInShared ? 256 * kAccumulators * 4 : 0);
   static constexpr std::uint32_t kScaleOffset = kWeightOffset + kWeightStages * kWeightStageBytes;
   static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 64 * 4;
   static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages);
   static_assert(kSharedBytes <= kDecodeSharedLimit);
-};
-
-// Position in a ring of stages and the parity of its current round.
-template <std::uint32_t kStages>
-struct RingPosition {
-  std::uint32_t index = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    const bool wraps = index + 1 == kStages;
-    index = wraps ? 0 : index + 1;
-    parity ^= static_cast<std::uint32_t>(wraps);
-  }
-  __device__ __forceinline__ std::uint32_t previous() const { return index == 0 ? kStages - 1 : index - 1; }
 };
 
 template <class Traits>
@@ -118,7 +111,8 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
   SegmentWalk walk(p.plan, worker);
   Segment segment;
   while (walk.next(segment)) {
-    // With an odd number of row tiles the last cluster's second CTA reads the last tile again and stores nothing.
+    // With an odd number of row tiles the last cluster's second CTA reads the last tile again and stores
+    // nothing.
     const std::uint32_t tile = min(segment.block * Traits::kCluster + shared.rank, p.row_tiles - 1);
     const std::uint8_t* source = p.tiles + static_cast<std::uint64_t>(tile) * p.groups * kTileBytes;
     for (std::uint32_t unit = segment.begin; unit < segment.end; ++unit) {
@@ -127,8 +121,8 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
         const std::uint32_t group = unit * Traits::kGroups;
         const std::uint32_t bytes = min(Traits::kGroups, p.groups - group) * kTileBytes;
         ptx::mbarrier_expect(shared.weight_full(ring.index), bytes);
-        ptx::bulk_load(shared.weights(ring.index), source + static_cast<std::uint64_t>(group) * kTileBytes, bytes,
-                       shared.weight_full(ring.index), policy);
+        ptx::bulk_load(shared.weights(ring.index), source + static_cast<std::uint64_t>(group) * kTileBytes,
+                       bytes, shared.weight_full(ring.index), policy);
       }
       __syncwarp();
       ring.advance();
@@ -138,8 +132,8 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
 
 template <class Traits>
 __device__ __forceinline__ void fetch_tokens(const DecodeParams& p, const CUtensorMap* map,
-                                             const DecodeShared<Traits>& shared, float* scales, std::uint32_t worker,
-                                             std::uint32_t lane) {
+                                             const DecodeShared<Traits>& shared, float* scales,
+                                             std::uint32_t worker, std::uint32_t lane) {
   ptx::wait_for_previous_kernel();
   for (std::uint32_t m = lane; m < Traits::kTokens; m += 32)
     scales[m] = m < p.output.tokens ? __ldcg(p.token_scale + m) : 0.0F;
@@ -179,8 +173,8 @@ __device__ __forceinline__ void publish(uint4* slot, const float* v) {
     w[i] = __float_as_uint(v[i]);
     if (w[i] == kEmpty) w[i] = 0x7fffffffU;
   }
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(slot), "r"(w[0]), "r"(w[1]), "r"(w[2]),
-               "r"(w[3])
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(slot), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
                : "memory");
 }
 __device__ __forceinline__ uint4 peek(const uint4* slot) {
@@ -225,7 +219,13 @@ class DecodeConsumer {
   __device__ __forceinline__ DecodeConsumer(const DecodeParams& p, const DecodeShared<Traits>& shared,
                                             const float* scales, std::uint32_t worker, std::uint32_t warp,
                                             std::uint32_t lane)
-      : p_(p), shared_(shared), scales_(scales), worker_(worker), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
+      : p_(p),
+        shared_(shared),
+        scales_(scales),
+        worker_(worker),
+        group_(warp / 4),
+        warp_(warp % 4),
+        lane_(lane) {}
 
   __device__ __forceinline__ void run() {
     SegmentWalk walk(p_.plan, worker_);
@@ -273,9 +273,9 @@ class DecodeConsumer {
   __device__ __forceinline__ void multiply(const Segment& segment, std::uint32_t tile,
                                            float (&acc)[Traits::kAccumulators]) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
-    const std::uint32_t thread = 32 * warp_ + lane_;
     float sum[Traits::kSumsInShared ? 1 : Traits::kAccumulators];
-    const std::uint32_t sums = shared_.base + Traits::kSumOffset + 16 * (128 * Traits::kBlocks * group_ + thread);
+    const std::uint32_t sums =
+        shared_.base + Traits::kSumOffset + 16 * (128 * Traits::kBlocks * group_ + 32 * warp_ + lane_);
     std::uint32_t a[4][4];
 
     std::uint32_t unit = segment.begin;
@@ -289,36 +289,30 @@ class DecodeConsumer {
       for (; unit < stop; ++unit) {
         ptx::mbarrier_wait(shared_.weight_full(weights_.index), weights_.parity);
         const std::uint32_t half = shared_.weights(weights_.index) + group_ * kHalfBytes;
-        uint4 codes[Traits::kGroups][2];
-        uint2 rows[Traits::kGroups][2];
+        WeightFragment fragment[Traits::kGroups];
 #pragma unroll
-        for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg) {
-          const std::uint32_t sigma =
-              ptx::load_shared_2(half + kg * kTileBytes + kHalfCodeBytes + 2 * (8 * warp_ + lane_ / 4));
-          codes[kg][0] = ptx::load_shared_16(half + kg * kTileBytes + 16 * thread);
-          codes[kg][1] = ptx::load_shared_16(half + kg * kTileBytes + 2048 + 16 * thread);
-          rows[kg][0] = ptx::load_shared_8(table | ((sigma << 3U) & 0x3f8U));
-          rows[kg][1] = ptx::load_shared_8(table | ((sigma >> 5U) & 0x3f8U));
-        }
+        for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg)
+          fragment[kg].load(half + kg * kTileBytes, table, warp_, lane_);
         __syncwarp();
         ptx::mbarrier_arrive_if(shared_.weight_empty(weights_.index), lane_ == 0);
         weights_.advance();
         const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(tokens_.index));
 #pragma unroll
         for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg) {
-          const std::uint32_t word[8] = {codes[kg][0].x, codes[kg][0].y, codes[kg][0].z, codes[kg][0].w,
-                                         codes[kg][1].x, codes[kg][1].y, codes[kg][1].z, codes[kg][1].w};
 #pragma unroll
           for (std::uint32_t s = 0; s < 4; ++s) {
             wgmma_wait<3>();  // the multiply that read a[s] last is done
             if (kg == 0 && s == 3) release_tokens(tokens_.previous(), unit != start);
-            expand_word(word[2 * s], rows[kg][0], a[s][0], a[s][2]);
-            expand_word(word[2 * s + 1], rows[kg][1], a[s][1], a[s][3]);
+            fragment[kg].expand(s, a[s]);
             pin(a[s]);
-            if constexpr (kDump) dump(tile, unit * Traits::kGroups + kg, s, a[s]);
+            if constexpr (kDump)
+              if (tile < p_.row_tiles)
+                dump_fragment(p_.dump, p_.output.rows, p_.groups, first_row(tile),
+                              unit * Traits::kGroups + kg, s, lane_, a[s]);
             if (kg == 0 && s == 0) ptx::mbarrier_wait(shared_.token_full(tokens_.index), tokens_.parity);
             wgmma_fence();
-            Wgmma<Traits::kTokens>::multiply(acc, a[s], descriptor + kg * (Traits::kTokenGroupBytes / 16) + 2 * s);
+            Wgmma<Traits::kTokens>::multiply(acc, a[s],
+                                             descriptor + kg * (Traits::kTokenGroupBytes / 16) + 2 * s);
             wgmma_commit();
           }
         }
@@ -364,7 +358,8 @@ class DecodeConsumer {
     if constexpr (Traits::kCluster == 1) {
       ptx::mbarrier_arrive_if(shared_.token_empty(stage), condition && lane_ == 0);
     } else {
-      ptx::mbarrier_arrive_cluster_if(shared_.token_empty(stage), lane_, condition && lane_ < Traits::kCluster);
+      ptx::mbarrier_arrive_cluster_if(shared_.token_empty(stage), lane_,
+                                      condition && lane_ < Traits::kCluster);
     }
   }
 
@@ -394,18 +389,6 @@ class DecodeConsumer {
     }
   }
 
-  __device__ __forceinline__ void dump(std::uint32_t tile, std::uint32_t group, std::uint32_t step,
-                                       const std::uint32_t (&a)[4]) const {
-    if (tile >= p_.row_tiles || group >= p_.groups) return;
-#pragma unroll
-    for (std::uint32_t i = 0; i < 4; ++i) {
-      const std::uint32_t row = first_row(tile) + lane_ / 4 + 8 * (i % 2);
-      const std::uint64_t k = static_cast<std::uint64_t>(group) * kGroup + 32 * step + 16 * (i / 2) + 4 * (lane_ % 4);
-      if (row < p_.output.rows)
-        *reinterpret_cast<std::uint32_t*>(p_.dump + static_cast<std::uint64_t>(row) * p_.groups * kGroup + k) = a[i];
-    }
-  }
-
   const DecodeParams& p_;
   const DecodeShared<Traits>& shared_;
   const float* scales_;
@@ -421,7 +404,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   // Shuffles make values that the compiler takes for uniform and does not compute again in the loop.
   const std::uint32_t warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
   const std::uint32_t lane = ptx::lane_index();
-  DecodeShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0), Traits::kCluster == 1 ? 0 : ptx::cluster_rank()};
+  DecodeShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
+                              Traits::kCluster == 1 ? 0 : ptx::cluster_rank()};
   float* scales = reinterpret_cast<float*>(shared_bytes + Traits::kScaleOffset);
 
   if (warp == 8 && ptx::elect_one()) {
@@ -436,7 +420,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     }
     ptx::mbarrier_init_fence();
   }
-  build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, kDecodeThreads);
+  build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x,
+              kDecodeThreads);
   if constexpr (Traits::kCluster == 1) {
     __syncthreads();
   } else {

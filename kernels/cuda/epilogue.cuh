@@ -1,4 +1,5 @@
-// What happens to an accumulator on its way to memory: y = bf16((a_m * r_n) * acc + bias_n + residual[m, n]), in FP32.
+// What happens to an accumulator on its way to memory: y = bf16((a_m * r_n) * acc + bias_n + residual[m, n]),
+// in FP32.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +9,15 @@
 namespace fireq::kernels {
 
 struct OutputParams {
-  const float* row_scale;           // r, [N] or [1]
-  std::uint32_t row_scale_step;     // 1 or 0
-  const float* bias;                // [N] or null
-  const std::uint16_t* residual;    // bf16 [M, residual_pitch] or null
+  const float* row_scale;         // r, [N] or [1]
+  std::uint32_t row_scale_step;   // 1 or 0
+  const float* bias;              // [N] or null
+  const std::uint16_t* residual;  // bf16 [M, residual_pitch] or null
   std::uint64_t residual_pitch;
-  std::uint16_t* out;               // bf16 [M, out_pitch]
+  std::uint16_t* out;  // bf16 [M, out_pitch]
   std::uint64_t out_pitch;
-  std::uint32_t tokens;             // M
-  std::uint32_t rows;               // N
+  std::uint32_t tokens;  // M
+  std::uint32_t rows;    // N
 };
 
 // What a thread needs of its two output rows (g and g + 8 of a 16-row slice).
@@ -39,8 +40,8 @@ __device__ __forceinline__ float bf16_to_float(std::uint16_t v) {
   return __uint_as_float(static_cast<std::uint32_t>(v) << 16U);
 }
 
-// One 16 x 8 block of the accumulator layout (rows row, row + 8; tokens token, token + 1) as finished FP32 values.
-// The residual may have been written by the kernel before: read through L2.
+// One 16 x 8 block of the accumulator layout (rows row, row + 8; tokens token, token + 1) as finished FP32
+// values. The residual may have been written by the kernel before: read through L2.
 __device__ __forceinline__ void finish_block(const OutputParams& p, const RowTerms& terms, std::uint32_t row,
                                              std::uint32_t token, float a0, float a1, float (&v)[4]) {
 #pragma unroll
@@ -53,7 +54,8 @@ __device__ __forceinline__ void finish_block(const OutputParams& p, const RowTer
         const std::uint32_t n = row + 8U * static_cast<std::uint32_t>(i);
         const std::uint32_t m = token + static_cast<std::uint32_t>(c);
         if (n < p.rows && m < p.tokens) {
-          const unsigned short r = __ldcg(reinterpret_cast<const unsigned short*>(p.residual) + m * p.residual_pitch + n);
+          const unsigned short r =
+              __ldcg(reinterpret_cast<const unsigned short*>(p.residual) + m * p.residual_pitch + n);
           y += bf16_to_float(r);
         }
       }
@@ -62,10 +64,11 @@ __device__ __forceinline__ void finish_block(const OutputParams& p, const RowTer
   }
 }
 
-// Stores a finished 16 x 8 block: a transpose across the warp gives each lane two neighbouring rows of one token.
-// first_row: of the 16-row slice; first_token: of the 8 tokens.
-__device__ __forceinline__ void store_block(const OutputParams& p, std::uint32_t first_row, std::uint32_t first_token,
-                                            std::uint32_t lane, const float (&v)[4]) {
+// Stores a finished 16 x 8 block: a transpose across the warp gives each lane two neighbouring rows of one
+// token. first_row: of the 16-row slice; first_token: of the 8 tokens.
+__device__ __forceinline__ void store_block(const OutputParams& p, std::uint32_t first_row,
+                                            std::uint32_t first_token, std::uint32_t lane,
+                                            const float (&v)[4]) {
   const std::uint32_t token = first_token + lane / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -1,6 +1,7 @@
-// From 4-bit codes to the FP8 operands that the tensor cores multiply: w8 = +-RN8(level * sigma) (docs/numerics.md).
-// A table of 8 operand bytes per scale byte sits in shared memory (128 x 8 B); a code's three magnitude bits select a byte of
-// the row for its group's scale and its sign bit is merged in: seven integer operations for eight weights, for any levels.
+// From 4-bit codes to the FP8 operands that the tensor cores multiply: w8 = +-RN8(level * sigma)
+// (docs/numerics.md). A table of 8 operand bytes per scale byte sits in shared memory (128 x 8 B); a code's
+// three magnitude bits select a byte of the row for its group's scale and its sign bit is merged in: seven
+// integer operations for eight weights, for any levels.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -24,8 +25,8 @@ __device__ __forceinline__ float decode_e4m3_positive(std::uint32_t byte) {
                        : __uint_as_float(((exponent + 120U) << 23U) | (mantissa << 20U));
 }
 
-// RN8 of the exact product: the FP32 product is truncated and made odd when inexact, so that rounding it to FP8 cannot see a
-// false tie.
+// RN8 of the exact product: the FP32 product is truncated and made odd when inexact, so that rounding it to
+// FP8 cannot see a false tie.
 __device__ __forceinline__ std::uint8_t operand_byte(float level, float sigma) {
   float product = __fmul_rz(level, sigma);
   if (__fmaf_rn(level, sigma, -product) != 0.0F) product = __uint_as_float(__float_as_uint(product) | 1U);

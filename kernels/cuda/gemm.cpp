@@ -13,7 +13,8 @@ namespace {
 
 void check_aligned(const void* p, std::uintptr_t bytes, const char* what) {
   if (p == nullptr || reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
-    throw Error(ErrorKind::usage, std::string(what) + " must be " + std::to_string(bytes) + "-byte aligned memory");
+    throw Error(ErrorKind::usage,
+                std::string(what) + " must be " + std::to_string(bytes) + "-byte aligned memory");
 }
 
 void check_weight(const WeightRef& w) {
@@ -36,7 +37,9 @@ void check_operands(const GemmProblem& problem) {
   const TokensRef& x = problem.x;
   check_weight(problem.w);
   if (x.tokens == 0 || x.tokens > std::uint64_t{1} << 21U)
-    throw Error(ErrorKind::usage, "number of tokens").expected("1 .. 2097152").found(std::to_string(x.tokens));
+    throw Error(ErrorKind::usage, "number of tokens")
+        .expected("1 .. 2097152")
+        .found(std::to_string(x.tokens));
   if (x.pitch < problem.w.cols || x.pitch % 16 != 0)
     throw Error(ErrorKind::usage, "pitch of the activations")
         .expected("a multiple of 16, at least " + std::to_string(problem.w.cols))
@@ -73,9 +76,9 @@ const DeviceInfo& cached_device() {
 void run(const GemmProblem& problem, const GemmOptions& options) {
   const DeviceInfo& device = cached_device();
   const WeightRef& w = problem.w;
-  const GemmConfig config =
-      options.config ? *options.config
-                     : choose_gemm(device, w.layout, problem.x.tokens, w.rows, w.cols).config;
+  const GemmConfig config = options.config
+                                ? *options.config
+                                : choose_gemm(device, w.layout, problem.x.tokens, w.rows, w.cols).config;
   const bool hopper = config.route == Route::decode || config.route == Route::prefill;
   if (hopper && (device.compute_capability != 90 || w.layout != WeightLayout::sm90))
     throw Error(ErrorKind::usage, to_string(config) + " needs an sm_90 device and the sm90 layout");
@@ -120,11 +123,12 @@ void gemm_w4a8(const TokensRef& x, const WeightRef& w, const OutputRef& y, const
   run(problem, options);
 }
 
-void dump_operands(const WeightRef& w, const GemmConfig& config, std::uint8_t* out8, const Workspace& workspace,
-                   Stream stream) {
+void dump_operands(const WeightRef& w, const GemmConfig& config, std::uint8_t* out8,
+                   const Workspace& workspace, Stream stream) {
   check_weight(w);
   check_aligned(out8, 4, "operand dump");
-  if (config.route == Route::cublas) throw Error(ErrorKind::usage, "the cuBLASLt route has no fragments to dump");
+  if (config.route == Route::cublas)
+    throw Error(ErrorKind::usage, "the cuBLASLt route has no fragments to dump");
   // One token of zeros: the kernels run as always, their product is thrown away.
   const std::size_t row_bytes = w.padded_cols();
   const std::size_t bytes = row_bytes + 256 + w.rows * 2;

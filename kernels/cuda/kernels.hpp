@@ -1,4 +1,5 @@
-// Launchers of the single kernels, one translation unit each; gemm.cpp chooses among them after it has checked the operands.
+// Launchers of the single kernels, one translation unit each; gemm.cpp chooses among them after it has
+// checked the operands.
 #pragma once
 
 #include "kernels/gemm.hpp"
@@ -21,6 +22,7 @@ void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::u
                     const GemmOptions& options);
 std::size_t prefill_workspace_bytes(std::uint32_t multiprocessors);
 // `scratch`: at least N * Kp bytes, 256-byte aligned, plus cuBLASLt's own workspace.
-void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratch_bytes, const GemmOptions& options);
+void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratch_bytes,
+                   const GemmOptions& options);
 
 }  // namespace fireq::kernels

@@ -1,5 +1,6 @@
-// The simple GEMM: any layout, any shape, any GPU from sm_80 on. FP32 multiply-adds of the same operands, in order of k.
-// A CTA makes 64 output channels x 32 tokens, a step covers 64 of K: operands go through shared memory as floats.
+// The simple GEMM: any layout, any shape, any GPU from sm_80 on. FP32 multiply-adds of the same operands, in
+// order of k. A CTA makes 64 output channels x 32 tokens, a step covers 64 of K: operands go through shared
+// memory as floats.
 #include <algorithm>
 
 #include "kernels/cuda/epilogue.cuh"
@@ -39,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) portable_kernel(const __grid_constan
   const std::uint64_t first_row = static_cast<std::uint64_t>(blockIdx.x) * kRows;
   const std::uint64_t first_token = static_cast<std::uint64_t>(blockIdx.y) * kTokens;
   const std::uint64_t padded = (p.w.cols + kGroup - 1) / kGroup * kGroup;
-  const std::uint32_t row = threadIdx.x % kRows;         // this thread's output row
-  const std::uint32_t part = threadIdx.x / kRows;        // and its tokens part, part + 4, ...
+  const std::uint32_t row = threadIdx.x % kRows;   // this thread's output row
+  const std::uint32_t part = threadIdx.x / kRows;  // and its tokens part, part + 4, ...
   float acc[kTokens / 4] = {};
   for (std::uint64_t k0 = 0; k0 < padded; k0 += kStep) {
     __syncthreads();
@@ -108,7 +109,8 @@ void launch_portable(const GemmProblem& problem, const GemmOptions& options) {
   const std::uint64_t row_blocks = (problem.w.rows + kRows - 1) / kRows;
   const std::uint64_t token_blocks = problem.dump != nullptr ? 1 : (problem.x.tokens + kTokens - 1) / kTokens;
   // Grid y is limited to 65535 blocks: 2 million tokens, checked with the operands.
-  LaunchShape shape{static_cast<std::uint32_t>(row_blocks), kThreads, 0, 1, options.programmatic, options.stream};
+  LaunchShape shape{
+      static_cast<std::uint32_t>(row_blocks), kThreads, 0, 1, options.programmatic, options.stream};
   shape.blocks_y = static_cast<std::uint32_t>(token_blocks);
   launch(portable_kernel, shape, "portable kernel", p);
 }

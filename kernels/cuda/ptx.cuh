@@ -1,6 +1,6 @@
-// Thin wrappers over the PTX instructions the sm_90a kernels need: shared-memory addresses, mbarriers, bulk and
-// tensor copies, clusters, programmatic dependent launch. One function per instruction; semantics are PTX's
-// (ISA 8.x), so a comment stands only where a choice was made.
+// Thin wrappers over the PTX instructions the sm_90a kernels need: shared-memory addresses, mbarriers, bulk
+// and tensor copies, clusters, programmatic dependent launch. One function per instruction; semantics are
+// PTX's (ISA 8.x), so a comment stands only where a choice was made.
 #pragma once
 
 #include <cuda.h>
@@ -16,13 +16,12 @@ __device__ __forceinline__ std::uint32_t smem_address(const void* p) {
 // One lane of the warp, chosen without a divergent branch on threadIdx (which costs an R2UR loop per TMA).
 __device__ __forceinline__ bool elect_one() {
   std::uint32_t chosen;
-  asm volatile(
-      "{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(chosen));
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
   return chosen != 0;
 }
 
-// ---- mbarrier -----------------------------------------------------------------------------------------------
+// ---- mbarrier
+// -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void mbarrier_init(std::uint32_t bar, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
@@ -42,9 +41,11 @@ __device__ __forceinline__ void mbarrier_arrive_if(std::uint32_t bar, bool condi
 }
 // The same barrier in CTA `rank` of the cluster. Plain arrive: with .release.cluster it costs over a thousand
 // cycles, and the readers' loads and wgmma have already completed when they arrive.
-__device__ __forceinline__ void mbarrier_arrive_cluster_if(std::uint32_t bar, std::uint32_t rank, bool condition) {
+__device__ __forceinline__ void mbarrier_arrive_cluster_if(std::uint32_t bar, std::uint32_t rank,
+                                                           bool condition) {
   asm volatile(
-      "{\n .reg .pred p;\n .reg .b32 remote;\n setp.ne.u32 p, %2, 0;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "{\n .reg .pred p;\n .reg .b32 remote;\n setp.ne.u32 p, %2, 0;\n mapa.shared::cluster.u32 remote, %0, "
+      "%1;\n"
       " @p mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
       "r"(rank), "r"(static_cast<std::uint32_t>(condition))
       : "memory");
@@ -63,49 +64,54 @@ __device__ __forceinline__ void mbarrier_wait(std::uint32_t bar, std::uint32_t p
   }
 }
 
-// ---- copies -------------------------------------------------------------------------------------------------
+// ---- copies
+// -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ std::uint64_t evict_first_policy() {
   std::uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void bulk_load(std::uint32_t dst, const void* src, std::uint32_t bytes, std::uint32_t bar,
-                                          std::uint64_t policy) {
+__device__ __forceinline__ void bulk_load(std::uint32_t dst, const void* src, std::uint32_t bytes,
+                                          std::uint32_t bar, std::uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(dst),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(dst),
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void bulk_load(std::uint32_t dst, const void* src, std::uint32_t bytes, std::uint32_t bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-               "l"(src), "r"(bytes), "r"(bar)
-               : "memory");
+__device__ __forceinline__ void bulk_load(std::uint32_t dst, const void* src, std::uint32_t bytes,
+                                          std::uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
 }
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-__device__ __forceinline__ void tensor_load(std::uint32_t dst, const CUtensorMap* map, std::uint32_t x, std::uint32_t y,
-                                            std::uint32_t bar) {
+__device__ __forceinline__ void tensor_load(std::uint32_t dst, const CUtensorMap* map, std::uint32_t x,
+                                            std::uint32_t y, std::uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          dst),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(bar)
       : "memory");
 }
 // To the same offset, and the same barrier's offset, of every CTA in `mask`.
-__device__ __forceinline__ void tensor_load_multicast(std::uint32_t dst, const CUtensorMap* map, std::uint32_t x,
-                                                      std::uint32_t y, std::uint32_t bar, std::uint16_t mask) {
+__device__ __forceinline__ void tensor_load_multicast(std::uint32_t dst, const CUtensorMap* map,
+                                                      std::uint32_t x, std::uint32_t y, std::uint32_t bar,
+                                                      std::uint16_t mask) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, "
       "%3}], [%4], %5;" ::"r"(dst),
       "l"(map), "r"(x), "r"(y), "r"(bar), "h"(mask)
       : "memory");
 }
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, std::uint32_t src, std::uint32_t x,
                                              std::uint32_t y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src),
-               "r"(x), "r"(y)
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(src), "r"(x), "r"(y)
                : "memory");
 }
 __device__ __forceinline__ void store_commit() {
@@ -122,7 +128,8 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- grid, cluster, warps -------------------------------------------------------------------------------------
+// ---- grid, cluster, warps
+// -------------------------------------------------------------------------------------
 __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
@@ -141,7 +148,8 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   return rank;
 }
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(std::uint32_t id) {
@@ -156,10 +164,13 @@ __device__ __forceinline__ void registers_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- shared-memory and fragment moves ---------------------------------------------------------------------------
+// ---- shared-memory and fragment moves
+// ---------------------------------------------------------------------------
 __device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
   return v;
 }
 __device__ __forceinline__ uint2 load_shared_8(std::uint32_t address) {
@@ -173,7 +184,8 @@ __device__ __forceinline__ std::uint32_t load_shared_2(std::uint32_t address) {
   return v;
 }
 __device__ __forceinline__ void store_shared_16(std::uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 // 8x8 matrix of 16-bit values, row i in lanes 4i .. 4i+3, two columns a lane: transposed.
@@ -183,10 +195,10 @@ __device__ __forceinline__ std::uint32_t transpose_8x8(std::uint32_t v) {
   return r;
 }
 // Four 8x8 matrices, each stored transposed; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t a, std::uint32_t b,
-                                                          std::uint32_t c, std::uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
+__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, std::uint32_t a,
+                                                          std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 // Two floats to packed bf16, `low` in the low half.
@@ -195,7 +207,8 @@ __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-__device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+__device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
+                                                       std::uint32_t selector) {
   std::uint32_t r;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));
   return r;

@@ -63,7 +63,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, const char* wha
 }
 
 enum class ElementType : std::uint8_t { byte, bf16 };
-// A row-major matrix [rows, cols] for tensor copies of boxes box_rows x box_cols with 128-byte swizzle; outside reads zeros.
+// A row-major matrix [rows, cols] for tensor copies of boxes box_rows x box_cols with 128-byte swizzle;
+// outside reads zeros.
 CUtensorMap make_tensor_map(const void* data, ElementType type, std::uint64_t rows, std::uint64_t cols,
                             std::uint64_t pitch_bytes, std::uint32_t box_rows, std::uint32_t box_cols);
 

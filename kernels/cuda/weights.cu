@@ -1,5 +1,5 @@
-// Prepack, unpack, dequantise: one thread a 32-bit word; memory-bound and run once per checkpoint (dequantise: per launch of the
-// cuBLASLt route).
+// Prepack, unpack, dequantise: one thread a 32-bit word; memory-bound and run once per checkpoint
+// (dequantise: per launch of the cuBLASLt route).
 #include <algorithm>
 
 #include "kernels/cuda/expand.cuh"
@@ -18,10 +18,12 @@ std::uint32_t grid_for(std::uint64_t threads) {
 }
 
 // Thread i of [row_tiles * groups * 2080]: a word of codes or four scales of one tile.
-__global__ void prepack_kernel(const __grid_constant__ WeightRef w, std::uint8_t* tiles, std::uint64_t words) {
+__global__ void prepack_kernel(const __grid_constant__ WeightRef w, std::uint8_t* tiles,
+                               std::uint64_t words) {
   const std::uint64_t groups = (w.cols + kGroup - 1) / kGroup;
   const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * kThreads;
-  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words; i += step) {
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words;
+       i += step) {
     const std::uint64_t tile = i / (kTileBytes / 4);
     const std::uint32_t offset = static_cast<std::uint32_t>(i % (kTileBytes / 4)) * 4;
     const std::uint32_t half = offset / kHalfBytes;
@@ -52,7 +54,8 @@ __global__ void unpack_kernel(const __grid_constant__ WeightRef w, std::uint8_t*
                               std::uint64_t words) {
   const std::uint64_t groups = (w.cols + kGroup - 1) / kGroup;
   const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * kThreads;
-  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words; i += step) {
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words;
+       i += step) {
     const std::uint64_t n = i / (groups * 16);
     const std::uint64_t k = i % (groups * 16) * 8;
     *reinterpret_cast<std::uint32_t*>(codes + i * 4) = load_quad(w, n, k) | load_quad(w, n, k + 4) << 16U;
@@ -61,14 +64,16 @@ __global__ void unpack_kernel(const __grid_constant__ WeightRef w, std::uint8_t*
 }
 
 // Thread i of [N * Kp / 4]: four operands of a row.
-__global__ void dequantize_kernel(const __grid_constant__ WeightRef w, const __grid_constant__ LevelsParam levels,
-                                  std::uint8_t* out8, std::uint64_t words) {
+__global__ void dequantize_kernel(const __grid_constant__ WeightRef w,
+                                  const __grid_constant__ LevelsParam levels, std::uint8_t* out8,
+                                  std::uint64_t words) {
   __shared__ uint2 table[128];
   build_table(table, levels, threadIdx.x, kThreads);
   __syncthreads();
   const std::uint64_t groups = (w.cols + kGroup - 1) / kGroup;
   const std::uint64_t step = static_cast<std::uint64_t>(gridDim.x) * kThreads;
-  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words; i += step) {
+  for (std::uint64_t i = static_cast<std::uint64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words;
+       i += step) {
     const std::uint64_t n = i / (groups * 32);
     const std::uint64_t k = i % (groups * 32) * 4;
     const std::uint32_t quad = load_quad(w, n, k);
@@ -96,8 +101,8 @@ void prepack_sm90(const WeightRef& w, std::uint8_t* tiles, Stream stream) {
 void unpack_sm90(const WeightRef& w, std::uint8_t* codes, std::uint8_t* group_scales, Stream stream) {
   require_layout(w, WeightLayout::sm90, "unpack_sm90");
   const std::uint64_t words = w.rows * w.groups() * 16;
-  launch(unpack_kernel, {grid_for(words), kThreads, 0, 1, false, stream}, "unpack kernel", w, codes, group_scales,
-         words);
+  launch(unpack_kernel, {grid_for(words), kThreads, 0, 1, false, stream}, "unpack kernel", w, codes,
+         group_scales, words);
 }
 
 void dequantize_to_fp8(const WeightRef& w, std::uint8_t* out8, Stream stream) {
@@ -105,8 +110,8 @@ void dequantize_to_fp8(const WeightRef& w, std::uint8_t* out8, Stream stream) {
   LevelsParam levels{};
   std::copy(w.levels.begin(), w.levels.end(), levels.magnitude);
   const std::uint64_t words = w.rows * w.groups() * 32;
-  launch(dequantize_kernel, {grid_for(words), kThreads, 0, 1, false, stream}, "dequantize kernel", w, levels, out8,
-         words);
+  launch(dequantize_kernel, {grid_for(words), kThreads, 0, 1, false, stream}, "dequantize kernel", w, levels,
+         out8, words);
 }
 
 }  // namespace fireq::kernels
