@@ -1,0 +1,276 @@
+// Per-token FP8 quantisation, alone and behind RMSNorm or SiLU * up. One CTA a token: the row's bf16 values
+// stay in registers between the maximum and the rounding (up to 8192 a CTA pass of registers; longer rows are
+// computed twice), so memory is read once.
+#include <cuda_fp8.h>
+
+#include "kernels/activations.hpp"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/runtime.hpp"
+
+namespace fireq::kernels {
+
+namespace {
+
+constexpr std::uint32_t kThreads = 256;
+constexpr std::uint32_t kVector = 8;  // bf16 values a 16-byte load
+constexpr std::uint32_t kKept = 4;    // vectors that a thread keeps in registers: rows up to 8192
+
+struct ActivationParams {
+  const std::uint16_t* x;
+  const std::uint16_t* second;  // up half of gate_up, or the addend
+  std::uint16_t* sum;
+  const float* weight;
+  float epsilon;
+  std::uint64_t pitch, second_pitch;
+  std::uint32_t cols;
+  std::uint8_t* x8;
+  std::uint64_t out_pitch;
+  float* scale;
+  bool vectors;  // 16-byte aligned rows, K a multiple of 8
+};
+
+enum class Kind : std::uint8_t { plain, norm, silu };
+
+__device__ __forceinline__ float low_half(std::uint32_t v) {
+  return __uint_as_float(v << 16U);
+}
+__device__ __forceinline__ float high_half(std::uint32_t v) {
+  return __uint_as_float(v & 0xffff0000U);
+}
+__device__ __forceinline__ float round_bf16(float v) {
+  return low_half(ptx::pack_bf16(v, 0.0F));
+}
+
+template <class Op>
+__device__ float reduce(float v, Op op, float* scratch) {
+  for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = scratch[0];
+  for (std::uint32_t i = 1; i < kThreads / 32; ++i) v = op(v, scratch[i]);
+  return v;
+}
+
+__device__ __forceinline__ void load_vector(const std::uint16_t* row, std::uint32_t k, std::uint32_t cols,
+                                            bool vectors, float (&v)[kVector]) {
+  if (vectors) {
+    const uint4 u = *reinterpret_cast<const uint4*>(row + k);
+    const std::uint32_t w[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      v[2 * i] = low_half(w[i]);
+      v[2 * i + 1] = high_half(w[i]);
+    }
+  } else {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVector; ++i)
+      v[i] = k + i < cols ? __uint_as_float(static_cast<std::uint32_t>(row[k + i]) << 16U) : 0.0F;
+  }
+}
+
+// The row's values before quantisation, from column k on; for norm these are h, not yet scaled.
+template <Kind kKind>
+__device__ __forceinline__ void row_values(const ActivationParams& p, std::uint64_t m, std::uint32_t k,
+                                           float (&v)[kVector]) {
+  load_vector(p.x + m * p.pitch, k, p.cols, p.vectors, v);
+  if constexpr (kKind == Kind::silu) {
+    float up[kVector];
+    load_vector(p.second + m * p.second_pitch, k, p.cols, p.vectors, up);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVector; ++i)
+      v[i] = round_bf16(__fmul_rn(__fdividef(v[i], 1.0F + __expf(-v[i])), up[i]));
+  }
+  if constexpr (kKind == Kind::norm) {
+    if (p.second != nullptr) {
+      float addend[kVector];
+      load_vector(p.second + m * p.second_pitch, k, p.cols, p.vectors, addend);
+#pragma unroll
+      for (std::uint32_t i = 0; i < kVector; ++i) v[i] = round_bf16(v[i] + addend[i]);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_sum(const ActivationParams& p, std::uint64_t m, std::uint32_t k,
+                                          const float (&v)[kVector]) {
+  std::uint16_t* out = p.sum + m * p.pitch + k;
+  std::uint32_t w[4];
+#pragma unroll
+  for (std::uint32_t i = 0; i < 4; ++i)  // exact: v holds bf16 numbers
+    w[i] = __float_as_uint(v[2 * i]) >> 16U | (__float_as_uint(v[2 * i + 1]) & 0xffff0000U);
+  if (p.vectors) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(w[0], w[1], w[2], w[3]);
+  } else {
+    for (std::uint32_t i = 0; i < kVector && k + i < p.cols; ++i)
+      out[i] = static_cast<std::uint16_t>(w[i / 2] >> (16 * (i % 2)));
+  }
+}
+
+__device__ __forceinline__ void normalize(const ActivationParams& p, std::uint32_t k, float inverse,
+                                          float (&v)[kVector]) {
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVector; ++i)
+    v[i] = k + i < p.cols ? round_bf16(__fmul_rn(__fmul_rn(v[i], inverse), __ldg(p.weight + k + i))) : 0.0F;
+}
+
+__device__ __forceinline__ void store_x8(const ActivationParams& p, std::uint64_t m, std::uint32_t k, float a,
+                                         const float (&v)[kVector]) {
+  std::uint32_t w[2] = {0, 0};
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVector; i += 2) {
+    const float2 q = make_float2(__fdiv_rn(v[i], a), __fdiv_rn(v[i + 1], a));
+    w[i / 4] |= static_cast<std::uint32_t>(__nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3))
+                << (8 * (i % 4));
+  }
+  std::uint8_t* out = p.x8 + m * p.out_pitch + k;
+  if (p.vectors) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(w[0], w[1]);
+  } else {
+    for (std::uint32_t i = 0; i < kVector && k + i < p.cols; ++i)
+      out[i] = static_cast<std::uint8_t>(w[i / 4] >> (8 * (i % 4)));
+  }
+}
+
+template <Kind kKind>
+__global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ float scratch[kThreads / 32];
+#if __CUDA_ARCH__ >= 900
+  ptx::launch_next_kernel();
+  ptx::wait_for_previous_kernel();
+#endif
+  const std::uint64_t m = blockIdx.x;
+  const std::uint32_t vectors = (p.cols + kVector - 1) / kVector;
+  float kept[kKept][kVector];
+  float inverse = 1.0F;
+  if constexpr (kKind == Kind::norm) {
+    float squares = 0.0F;
+    for (std::uint32_t i = 0; i * kThreads < vectors; ++i) {
+      const std::uint32_t k = (i * kThreads + threadIdx.x) * kVector;
+      if (k >= p.cols) break;
+      float v[kVector];
+      row_values<kKind>(p, m, k, v);
+      if (p.sum != nullptr) store_sum(p, m, k, v);
+#pragma unroll
+      for (std::uint32_t j = 0; j < kVector; ++j) squares = __fmaf_rn(v[j], v[j], squares);
+#pragma unroll
+      for (std::uint32_t c = 0; c < kKept; ++c)
+        if (c == i)
+#pragma unroll
+          for (std::uint32_t j = 0; j < kVector; ++j) kept[c][j] = v[j];
+    }
+    squares = reduce(
+        squares, [](float a, float b) { return a + b; }, scratch);
+    inverse = __frsqrt_rn(__fdiv_rn(squares, static_cast<float>(p.cols)) + p.epsilon);
+  }
+  float largest = 0x1p-20F;
+  for (std::uint32_t i = 0; i * kThreads < vectors; ++i) {
+    const std::uint32_t k = (i * kThreads + threadIdx.x) * kVector;
+    if (k >= p.cols) break;
+    float v[kVector];
+    bool have = false;
+    if constexpr (kKind == Kind::norm) {
+#pragma unroll
+      for (std::uint32_t c = 0; c < kKept; ++c)
+        if (c == i) {
+          have = true;
+#pragma unroll
+          for (std::uint32_t j = 0; j < kVector; ++j) v[j] = kept[c][j];
+        }
+    }
+    if (!have) {
+      // With h written over x, longer rows read back h itself.
+      if (kKind == Kind::norm && p.sum != nullptr)
+        load_vector(p.sum + m * p.pitch, k, p.cols, p.vectors, v);
+      else
+        row_values<kKind>(p, m, k, v);
+    }
+    if constexpr (kKind == Kind::norm) normalize(p, k, inverse, v);
+#pragma unroll
+    for (std::uint32_t j = 0; j < kVector; ++j) largest = fmaxf(largest, fabsf(v[j]));
+#pragma unroll
+    for (std::uint32_t c = 0; c < kKept; ++c)
+      if (c == i)
+#pragma unroll
+        for (std::uint32_t j = 0; j < kVector; ++j) kept[c][j] = v[j];
+  }
+  largest = reduce(
+      largest, [](float a, float b) { return fmaxf(a, b); }, scratch);
+  const float a = __fmul_rn(largest, 1.0F / 448.0F);
+  if (threadIdx.x == 0) p.scale[m] = a;
+  for (std::uint32_t i = 0; i * kThreads < vectors; ++i) {
+    const std::uint32_t k = (i * kThreads + threadIdx.x) * kVector;
+    if (k >= p.cols) break;
+    float v[kVector];
+    bool have = false;
+#pragma unroll
+    for (std::uint32_t c = 0; c < kKept; ++c)
+      if (c == i) {
+        have = true;
+#pragma unroll
+        for (std::uint32_t j = 0; j < kVector; ++j) v[j] = kept[c][j];
+      }
+    if (!have) {
+      if (kKind == Kind::norm && p.sum != nullptr)
+        load_vector(p.sum + m * p.pitch, k, p.cols, p.vectors, v);
+      else
+        row_values<kKind>(p, m, k, v);
+      if constexpr (kKind == Kind::norm) normalize(p, k, inverse, v);
+    }
+    store_x8(p, m, k, a, v);
+  }
+}
+
+template <Kind kKind>
+void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const QuantizedTokens& out,
+         const ActivationOptions& options, const char* what) {
+  if (tokens == 0 || cols == 0 || tokens > 0x7fffffffU || cols > 0x7fffffffU || out.pitch < cols ||
+      out.pitch % 16 != 0 || p.pitch < cols)
+    throw Error(ErrorKind::usage, std::string(what) + ": impossible shape")
+        .expected("at least one token and channel, pitches of K or more, x8's a multiple of 16")
+        .found(std::to_string(tokens) + " tokens, " + std::to_string(cols) + " channels, x8 pitch " +
+               std::to_string(out.pitch));
+  const auto aligned = [](const void* q) { return reinterpret_cast<std::uintptr_t>(q) % 16 == 0; };
+  p.cols = static_cast<std::uint32_t>(cols);
+  p.x8 = out.x8;
+  p.out_pitch = out.pitch;
+  p.scale = out.scale;
+  p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 &&
+              aligned(p.x) && aligned(p.second) && aligned(p.sum) && aligned(p.x8);
+  launch(activation_kernel<kKind>,
+         {static_cast<std::uint32_t>(tokens), kThreads, 0, 1, options.programmatic, options.stream}, what, p);
+}
+
+}  // namespace
+
+void quantize_activations(const Bf16Ref& x, std::uint64_t tokens, std::uint64_t cols,
+                          const QuantizedTokens& out, const ActivationOptions& options) {
+  ActivationParams p{};
+  p.x = x.data;
+  p.pitch = x.pitch;
+  run<Kind::plain>(p, tokens, cols, out, options, "activation quantiser");
+}
+
+void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t cols,
+                      const QuantizedTokens& out, const ActivationOptions& options) {
+  ActivationParams p{};
+  p.x = in.x.data;
+  p.pitch = in.x.pitch;
+  p.second = in.addend.data;
+  p.second_pitch = in.addend.data == nullptr ? 0 : in.addend.pitch;
+  p.sum = in.sum;
+  p.weight = in.weight;
+  p.epsilon = in.epsilon;
+  run<Kind::norm>(p, tokens, cols, out, options, "RMSNorm and quantiser");
+}
+
+void silu_mul_quantize(const Bf16Ref& gate_up, std::uint64_t tokens, std::uint64_t cols,
+                       const QuantizedTokens& out, const ActivationOptions& options) {
+  ActivationParams p{};
+  p.x = gate_up.data;
+  p.pitch = gate_up.pitch;
+  p.second = gate_up.data + cols;
+  p.second_pitch = gate_up.pitch;
+  run<Kind::silu>(p, tokens, cols, out, options, "SiLU, product and quantiser");
+}
+
+}  // namespace fireq::kernels

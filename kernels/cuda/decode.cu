@@ -1,0 +1,91 @@
+// Host side of the decode kernel, and its instances.
+#include <algorithm>
+
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/kernels.hpp"
+#include "kernels/cuda/runtime.hpp"
+
+namespace fireq::kernels {
+
+namespace {
+
+// Ring depths fill the half of shared memory that a CTA may use.
+template <std::uint32_t kTokens, std::uint32_t kCluster>
+struct Choice;
+template <std::uint32_t kCluster>
+struct Choice<8, kCluster> : DecodeTraits<8, decode_groups_per_unit(8), kCluster, 6, 5> {};
+template <std::uint32_t kCluster>
+struct Choice<16, kCluster> : DecodeTraits<16, decode_groups_per_unit(16), kCluster, 5, 5> {};
+template <std::uint32_t kCluster>
+struct Choice<32, kCluster> : DecodeTraits<32, decode_groups_per_unit(32), kCluster, 8, 8> {};
+template <std::uint32_t kCluster>
+struct Choice<64, kCluster> : DecodeTraits<64, decode_groups_per_unit(64), kCluster, 5, 4> {};
+
+template <class Traits>
+void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                   const GemmOptions& options) {
+  const WeightRef& w = problem.w;
+  DecodeParams p{};
+  p.tiles = w.tiles;
+  p.token_scale = problem.x.scale;
+  p.output = {w.row_scales,
+              w.per_tensor ? 0U : 1U,
+              problem.epilogue.bias,
+              problem.epilogue.residual,
+              problem.epilogue.residual_pitch,
+              problem.y.data,
+              problem.y.pitch,
+              static_cast<std::uint32_t>(problem.x.tokens),
+              static_cast<std::uint32_t>(w.rows)};
+  std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
+  p.plan = decode_plan(w.rows, w.cols, config, multiprocessors);
+  p.workspace = static_cast<uint4*>(options.workspace.data);
+  p.dump = problem.dump;
+  p.groups = static_cast<std::uint32_t>(w.groups());
+  p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
+  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
+                                          problem.x.pitch, Traits::kTokens / Traits::kCluster, kGroup);
+  const LaunchShape shape{p.plan.workers * Traits::kCluster,
+                          kDecodeThreads,
+                          Traits::kSharedBytes,
+                          Traits::kCluster,
+                          options.programmatic,
+                          options.stream};
+  if (problem.dump == nullptr)
+    launch(decode_kernel<Traits, false>, shape, "decode kernel", map, p);
+  else
+    launch(decode_kernel<Traits, true>, shape, "decode kernel, operand dump", map, p);
+}
+
+template <std::uint32_t kTokens>
+void launch_tokens(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                   const GemmOptions& options) {
+  if (config.cluster == 2)
+    launch_traits<Choice<kTokens, 2>>(problem, config, multiprocessors, options);
+  else
+    launch_traits<Choice<kTokens, 1>>(problem, config, multiprocessors, options);
+}
+
+}  // namespace
+
+std::size_t decode_workspace_bytes(std::uint32_t multiprocessors) {
+  return std::size_t{multiprocessors} * 2 * kTileRows * 64 * sizeof(float);
+}
+
+void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                   const GemmOptions& options) {
+  switch (config.token_tile) {
+    case 8:
+      return launch_tokens<8>(problem, config, multiprocessors, options);
+    case 16:
+      return launch_tokens<16>(problem, config, multiprocessors, options);
+    case 32:
+      return launch_tokens<32>(problem, config, multiprocessors, options);
+    case 64:
+      return launch_tokens<64>(problem, config, multiprocessors, options);
+    default:
+      throw Error(ErrorKind::usage, "no decode kernel with this token tile").found(to_string(config));
+  }
+}
+
+}  // namespace fireq::kernels

@@ -1,0 +1,28 @@
+// Launchers of the single kernels, one translation unit each; gemm.cpp chooses among them after it has
+// checked the operands.
+#pragma once
+
+#include "kernels/gemm.hpp"
+
+namespace fireq::kernels {
+
+struct GemmProblem {
+  const TokensRef& x;
+  const WeightRef& w;
+  const OutputRef& y;
+  const Epilogue& epilogue;
+  std::uint8_t* dump = nullptr;  // non-null: write the operands there instead of caring for y
+};
+
+void launch_portable(const GemmProblem& problem, const GemmOptions& options);
+void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                   const GemmOptions& options);
+std::size_t decode_workspace_bytes(std::uint32_t multiprocessors);
+void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                    const GemmOptions& options);
+std::size_t prefill_workspace_bytes(std::uint32_t multiprocessors);
+// `scratch`: at least N * Kp bytes, 256-byte aligned, plus cuBLASLt's own workspace.
+void launch_cublas(const GemmProblem& problem, void* scratch, std::size_t scratch_bytes,
+                   const GemmOptions& options);
+
+}  // namespace fireq::kernels

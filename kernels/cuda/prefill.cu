@@ -1,0 +1,75 @@
+// Host side of the prefill kernel, and its instances.
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/kernels.hpp"
+#include "kernels/cuda/prefill.cuh"
+#include "kernels/cuda/runtime.hpp"
+
+namespace fireq::kernels {
+
+namespace {
+
+template <class Traits>
+void launch_traits(const GemmProblem& problem, std::uint32_t multiprocessors, const GemmOptions& options) {
+  const WeightRef& w = problem.w;
+  PrefillParams p{};
+  p.tiles = w.tiles;
+  p.token_scale = problem.x.scale;
+  p.output = {w.row_scales,
+              w.per_tensor ? 0U : 1U,
+              problem.epilogue.bias,
+              problem.epilogue.residual,
+              problem.epilogue.residual_pitch,
+              problem.y.data,
+              problem.y.pitch,
+              static_cast<std::uint32_t>(problem.x.tokens),
+              static_cast<std::uint32_t>(w.rows)};
+  std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
+  p.dump = problem.dump;
+  p.groups = static_cast<std::uint32_t>(w.groups());
+  p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
+  p.token_tiles = static_cast<std::uint32_t>((problem.x.tokens + Traits::kTokens - 1) / Traits::kTokens);
+  const std::uint32_t chunks = (p.groups + kPromoteGroups - 1) / kPromoteGroups;
+  p.chunk = (p.groups + chunks - 1) / chunks;
+  // No partial sum exceeds K * 448^2; FP16 holds 65504.
+  const double largest = static_cast<double>(w.padded_cols()) * 448.0 * 448.0 / 65504.0;
+  const int exponent = std::max(0, static_cast<int>(std::ceil(std::log2(largest))));
+  p.partial_scale = std::ldexp(1.0F, -exponent);
+  p.partial_unscale = std::ldexp(1.0F, exponent);
+  p.tensor_output = problem.y.pitch % 8 == 0 && reinterpret_cast<std::uintptr_t>(problem.y.data) % 16 == 0;
+  const CUtensorMap token_map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
+                                                problem.x.pitch, Traits::kTokens / kPrefillCluster, kGroup);
+  const CUtensorMap out_map = p.tensor_output
+                                  ? make_tensor_map(problem.y.data, ElementType::bf16, problem.x.tokens,
+                                                    w.rows, problem.y.pitch * 2, Traits::kTokens, kHalfRows)
+                                  : token_map;
+  const std::uint32_t tiles = (p.row_tiles + kPrefillCluster - 1) / kPrefillCluster * p.token_tiles;
+  const std::uint32_t clusters = std::max(1U, std::min(multiprocessors / kPrefillCluster, tiles));
+  const LaunchShape shape{clusters * kPrefillCluster, kPrefillThreads, Traits::kSharedBytes, kPrefillCluster,
+                          options.programmatic,       options.stream};
+  if (problem.dump == nullptr)
+    launch(prefill_kernel<Traits, false>, shape, "prefill kernel", token_map, out_map, p);
+  else
+    launch(prefill_kernel<Traits, true>, shape, "prefill kernel, operand dump", token_map, out_map, p);
+}
+
+}  // namespace
+
+std::size_t prefill_workspace_bytes(std::uint32_t) {
+  return 0;
+}
+
+void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                    const GemmOptions& options) {
+  switch (config.token_tile) {
+    case 128:
+      return launch_traits<PrefillTraits<128, 7>>(problem, multiprocessors, options);
+    case 256:
+      return launch_traits<PrefillTraits<256, 4>>(problem, multiprocessors, options);
+    default:
+      throw Error(ErrorKind::usage, "no prefill kernel with this token tile").found(to_string(config));
+  }
+}
+
+}  // namespace fireq::kernels

@@ -1,0 +1,94 @@
+#include "kernels/gemm_config.hpp"
+
+#include <algorithm>
+#include <array>
+
+namespace fireq::kernels {
+
+namespace {
+
+constexpr std::array<std::uint32_t, 4> kDecodeTiles{8, 16, 32, 64};
+constexpr std::array<std::uint32_t, 2> kPrefillTiles{128, 256};
+constexpr std::uint64_t kDecodeTokens = 64;  // more run as prefill
+
+bool has_sm90a(const DeviceInfo& device) {
+  return device.compute_capability == 90;
+}
+
+std::uint32_t decode_tile(std::uint64_t tokens) {
+  for (const std::uint32_t tile : kDecodeTiles)
+    if (tokens <= tile) return tile;
+  return kDecodeTiles.back();
+}
+
+}  // namespace
+
+std::string to_string(Route route) {
+  switch (route) {
+    case Route::portable:
+      return "portable";
+    case Route::decode:
+      return "decode";
+    case Route::prefill:
+      return "prefill";
+    case Route::cublas:
+      return "cublas";
+  }
+  return "unknown";
+}
+
+std::string to_string(const GemmConfig& config) {
+  std::string s = to_string(config.route);
+  if (config.token_tile != 0) s += " n" + std::to_string(config.token_tile);
+  if (config.route == Route::decode || config.route == Route::prefill)
+    s += " c" + std::to_string(config.cluster);
+  return s;
+}
+
+std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens) {
+  std::vector<GemmConfig> all;
+  if (has_sm90a(device) && layout == WeightLayout::sm90) {
+    if (tokens <= kDecodeTokens) {
+      for (const std::uint32_t tile : kDecodeTiles) {
+        if (tile < tokens) continue;
+        all.push_back({Route::decode, tile, 1});
+        if (tile >= 16) all.push_back({Route::decode, tile, 2});
+      }
+    }
+    for (const std::uint32_t tile : kPrefillTiles) all.push_back({Route::prefill, tile, 2});
+  }
+  if (device.compute_capability >= 89) all.push_back({Route::cublas, 0, 1});
+  all.push_back({Route::portable, 0, 1});
+  return all;
+}
+
+GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
+                       std::uint64_t rows, std::uint64_t cols) {
+  (void)rows;
+  (void)cols;
+  if (!has_sm90a(device) || layout != WeightLayout::sm90) {
+    if (device.compute_capability >= 89 && tokens >= 256)
+      return {{Route::cublas, 0, 1},
+              "no sm_90a with the sm90 layout: FP8 scratch and cuBLASLt from 256 tokens"};
+    return {{Route::portable, 0, 1}, "no sm_90a with the sm90 layout"};
+  }
+  if (tokens <= kDecodeTokens) {
+    const std::uint32_t tile = decode_tile(tokens);
+    if (tile >= 32)
+      return {{Route::decode, tile, 2}, "decode; pairs of CTAs share their tokens from 17 tokens on"};
+    return {{Route::decode, tile, 1}, "decode"};
+  }
+  if (tokens <= 128) return {{Route::prefill, 128, 2}, "one tile of 128 tokens"};
+  return {{Route::prefill, 256, 2}, "tiles of 256 tokens"};
+}
+
+SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config,
+                      std::uint32_t multiprocessors) {
+  const std::uint64_t tile_rows = std::uint64_t{128} * config.cluster;
+  const std::uint64_t unit_cols = std::uint64_t{128} * decode_groups_per_unit(config.token_tile);
+  return make_split_plan(static_cast<std::uint32_t>((rows + tile_rows - 1) / tile_rows),
+                         static_cast<std::uint32_t>((cols + unit_cols - 1) / unit_cols),
+                         std::max(1U, multiprocessors / config.cluster), 4);
+}
+
+}  // namespace fireq::kernels

@@ -1,0 +1,59 @@
+// A build without CUDA: the GPU entry points exist and say so.
+#include "common/error.hpp"
+#include "kernels/activations.hpp"
+#include "kernels/gemm.hpp"
+#include "kernels/weights.hpp"
+
+namespace fireq::kernels {
+
+namespace {
+[[noreturn]] void refuse() {
+  throw Error(ErrorKind::environment, "this build has no CUDA kernels")
+      .hint("configure with -DFIREQ_WITH_CUDA=ON");
+}
+}  // namespace
+
+DeviceInfo current_device() {
+  refuse();
+}
+int device_count() noexcept {
+  return 0;
+}
+std::size_t gemm_workspace_bytes(const DeviceInfo&) {
+  refuse();
+}
+std::size_t cublas_scratch_bytes(std::uint64_t, std::uint64_t) {
+  refuse();
+}
+void init_workspace(const Workspace&, Stream) {
+  refuse();
+}
+void gemm_w4a8(const TokensRef&, const WeightRef&, const OutputRef&, const Epilogue&, const GemmOptions&) {
+  refuse();
+}
+void dump_operands(const WeightRef&, const GemmConfig&, std::uint8_t*, const Workspace&, Stream) {
+  refuse();
+}
+void prepack_sm90(const WeightRef&, std::uint8_t*, Stream) {
+  refuse();
+}
+void unpack_sm90(const WeightRef&, std::uint8_t*, std::uint8_t*, Stream) {
+  refuse();
+}
+void dequantize_to_fp8(const WeightRef&, std::uint8_t*, Stream) {
+  refuse();
+}
+void quantize_activations(const Bf16Ref&, std::uint64_t, std::uint64_t, const QuantizedTokens&,
+                          const ActivationOptions&) {
+  refuse();
+}
+void rmsnorm_quantize(const NormInput&, std::uint64_t, std::uint64_t, const QuantizedTokens&,
+                      const ActivationOptions&) {
+  refuse();
+}
+void silu_mul_quantize(const Bf16Ref&, std::uint64_t, std::uint64_t, const QuantizedTokens&,
+                       const ActivationOptions&) {
+  refuse();
+}
+
+}  // namespace fireq::kernels

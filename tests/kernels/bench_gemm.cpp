@@ -1,0 +1,321 @@
+// bench_gemm: every configuration of gemm_w4a8 against the roof and against cuBLASLt FP8 and bf16 on the same
+// shapes, in one run. Roof of [M, N, K]: max(N K (1/2 + 1/128) bytes / bandwidth, 2 M N K / FP8 rate).
+// Operands rotate through more memory than the L2.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "kernels/gemm.hpp"
+#include "tests/kernels/bench_support.hpp"
+#include "tests/kernels/problem.hpp"
+
+namespace fireq::kernels::bench {
+namespace {
+
+struct Shape {
+  std::uint64_t n = 0, k = 0;
+};
+
+const std::map<std::string, std::vector<Shape>> kShapeSets{
+    {"llama3-8b", {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}}},
+    {"llama2-7b", {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}}},
+    {"llama3-70b", {{10240, 8192}, {8192, 8192}, {57344, 8192}, {8192, 28672}}}};
+
+std::vector<Shape> parse_shapes(const std::vector<std::string>& words) {
+  std::vector<Shape> shapes;
+  for (const std::string& word : words) {
+    if (const auto set = kShapeSets.find(word); set != kShapeSets.end()) {
+      shapes.insert(shapes.end(), set->second.begin(), set->second.end());
+      continue;
+    }
+    const std::size_t cross = word.find('x');
+    if (cross == std::string::npos)
+      throw std::runtime_error("a shape is NxK or llama3-8b, llama2-7b, llama3-70b: " + word);
+    shapes.push_back({std::stoull(word.substr(0, cross)), std::stoull(word.substr(cross + 1))});
+  }
+  return shapes;
+}
+
+struct Card {
+  double bandwidth = 0;  // bytes a second, measured for reads on such a card
+  double fp8_rate = 1.46e15;
+};
+Card card_of(const std::string& name) {
+  if (name.find("H200") != std::string::npos) return {4.40e12, 1.46e15};
+  return {3.05e12, 1.46e15};
+}
+
+struct Arguments {
+  std::vector<std::string> shapes{"llama3-8b"};
+  std::vector<std::uint64_t> tokens{1, 8, 16, 32, 64};
+  std::vector<std::string> only;  // configurations; empty: all but portable
+  std::string json;
+  double milliseconds = 4;
+  int rounds = 3;
+  bool bf16 = false, check = true, serial = false;
+};
+
+struct Candidate {
+  std::string name;
+  std::unique_ptr<Chain> chain;
+  std::vector<double> samples;
+  unsigned clock = 0;
+};
+
+// All memory of one shape: weight copies in three formats, activations, outputs.
+class Bench {
+ public:
+  Bench(const Arguments& args, const DeviceInfo& device)
+      : args_(args), device_(device), card_(card_of(device.name)) {}
+
+  void shape(const Shape& s) {
+    const std::size_t tile_bytes = (s.n + 127) / 128 * ((s.k + 127) / 128) * 8320;
+    const std::size_t copies = std::clamp<std::size_t>((std::size_t{420} << 20U) / tile_bytes + 1, 2, 96);
+    const std::size_t fp8_copies =
+        std::clamp<std::size_t>((std::size_t{420} << 20U) / (s.n * s.k) + 1, 2, 96);
+    DeviceBuffer<std::uint8_t> tiles(copies * tile_bytes);
+    for (std::size_t i = 0; i < copies; ++i)
+      fill_tiles(tiles.get() + i * tile_bytes, tile_bytes, static_cast<std::uint32_t>(i + 1));
+    DeviceBuffer<std::uint8_t> fp8(fp8_copies * s.n * s.k);
+    fill_fp8_normal(fp8.get(), fp8.size(), 5);
+    DeviceBuffer<std::uint16_t> bf16;
+    if (args_.bf16) {
+      bf16 = DeviceBuffer<std::uint16_t>(std::max<std::size_t>(2, fp8_copies / 2) * s.n * s.k);
+      fill_bf16_normal(bf16.get(), bf16.size(), 6);
+    }
+    std::vector<float> row_scales(s.n, 1e-3F);
+    DeviceBuffer<float> r(row_scales);
+    for (const std::uint64_t m : args_.tokens) {
+      DeviceBuffer<std::uint8_t> x8(m * s.k);
+      fill_fp8_normal(x8.get(), x8.size(), 9);
+      DeviceBuffer<std::uint16_t> x16(m * s.k);
+      fill_bf16_normal(x16.get(), x16.size(), 9);
+      std::vector<float> token_scales(m, 0.01F);
+      DeviceBuffer<float> a(token_scales);
+      DeviceBuffer<std::uint16_t> y(m * s.n);
+
+      WeightRef w;
+      w.rows = s.n;
+      w.cols = s.k;
+      w.layout = WeightLayout::sm90;
+      w.row_scales = r.get();
+      w.levels = testing::kNormalLike;
+      const TokensRef x{x8.get(), a.get(), m, s.k};
+      const std::size_t need = gemm_workspace_bytes(device_) + cublas_scratch_bytes(s.n, s.k);
+      if (workspace_.size() < need) {
+        workspace_ = DeviceBuffer<std::uint8_t>(need);
+        init_workspace({workspace_.get(), workspace_.size()}, nullptr);
+        cuda_ok(cudaDeviceSynchronize(), "workspace");
+      }
+      const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(s.n) * static_cast<double>(s.k);
+      const double roof_us = 1e6 * std::max(static_cast<double>(s.n) * static_cast<double>(s.k) *
+                                                (0.5 + 1.0 / 128) / card_.bandwidth,
+                                            flops / card_.fp8_rate);
+      const int launches = std::clamp(static_cast<int>(2000 / roof_us), 4, 24);
+
+      std::vector<Candidate> candidates;
+      for (const GemmConfig& config : gemm_configs(device_, WeightLayout::sm90, m)) {
+        const std::string name = to_string(config);
+        const bool listed =
+            std::find(args_.only.begin(), args_.only.end(), name) != args_.only.end() ||
+            std::find(args_.only.begin(), args_.only.end(), to_string(config.route)) != args_.only.end();
+        if (args_.only.empty()
+                ? config.route == Route::portable || (config.route == Route::cublas && m < 1024)
+                : !listed)
+          continue;
+        if (config.route == Route::decode && config.token_tile > 8 && m <= config.token_tile / 2) continue;
+        if (config.route == Route::prefill &&
+            (m < 64 || (m <= config.token_tile / 2 && config.token_tile > 128)))
+          continue;
+        GemmOptions options;
+        options.workspace = {workspace_.get(), workspace_.size()};
+        options.programmatic = !args_.serial;
+        options.config = config;
+        const auto launch = [&, options](int i, cudaStream_t stream) {
+          GemmOptions o = options;
+          o.stream = stream;
+          WeightRef wi = w;
+          wi.tiles = tiles.get() + static_cast<std::size_t>(next_++) % copies * tile_bytes;
+          (void)i;
+          gemm_w4a8(x, wi, {y.get(), s.n}, {}, o);
+        };
+        if (args_.check && config.route != Route::portable) verify(x, w, tiles.get(), y, s, config, options);
+        candidates.push_back({name, std::make_unique<Chain>(launches, launch), {}, 0});
+      }
+      std::unique_ptr<CublasGemm> fp8_gemm, bf16_gemm;
+      add_peer(candidates, "cublas fp8", true, fp8_gemm, m, s, fp8.get(), fp8_copies, x8.get(), y.get(),
+               launches);
+      if (args_.bf16)
+        add_peer(candidates, "cublas bf16", false, bf16_gemm, m, s, bf16.get(), bf16.size() / (s.n * s.k),
+                 x16.get(), y.get(), launches);
+      for (int round = 0; round < args_.rounds; ++round)
+        for (Candidate& c : candidates) c.chain->run(args_.milliseconds, c.samples, c.clock);
+      report(candidates, s, m, roof_us, flops);
+    }
+  }
+
+  void finish(const std::string& path) const {
+    std::printf("%s\n", table_.c_str());
+    if (path.empty()) return;
+    nlohmann::json top{{"device", device_.name},
+                       {"multiprocessors", device_.multiprocessors},
+                       {"roof_bandwidth", card_.bandwidth},
+                       {"roof_fp8_rate", card_.fp8_rate},
+                       {"programmatic", !args_.serial},
+                       {"results", results_}};
+    std::ofstream(path) << top.dump(1) << '\n';
+  }
+
+ private:
+  // The configuration's output against the portable kernel's, on the first copy of the weights.
+  void verify(const TokensRef& x, WeightRef w, const std::uint8_t* tiles,
+              const DeviceBuffer<std::uint16_t>& y, const Shape& s, const GemmConfig& config,
+              GemmOptions options) {
+    w.tiles = tiles;
+    options.programmatic = false;
+    cuda_ok(cudaMemset(y.get(), 0xff, y.size() * 2), "poison");
+    gemm_w4a8(x, w, {y.get(), s.n}, {}, options);
+    cuda_ok(cudaDeviceSynchronize(), to_string(config).c_str());
+    const std::uint64_t tokens = std::min<std::uint64_t>(x.tokens, 64);
+    std::vector<std::uint16_t> got(tokens * s.n), want(tokens * s.n);
+    cuda_ok(cudaMemcpy(got.data(), y.get(), got.size() * 2, cudaMemcpyDeviceToHost), "download");
+    const TokensRef few{x.x8, x.scale, tokens, x.pitch};
+    options.config = GemmConfig{Route::portable, 0, 1};
+    gemm_w4a8(few, w, {y.get(), s.n}, {}, options);
+    cuda_ok(cudaDeviceSynchronize(), "portable");
+    cuda_ok(cudaMemcpy(want.data(), y.get(), want.size() * 2, cudaMemcpyDeviceToHost), "download");
+    double error = 0, norm = 0;
+    for (std::size_t i = 0; i < few.tokens * s.n; ++i) {
+      const double d = testing::from_bf16(got[i]) - static_cast<double>(testing::from_bf16(want[i]));
+      error += d * d;
+      norm += static_cast<double>(testing::from_bf16(want[i])) * testing::from_bf16(want[i]);
+    }
+    error_[to_string(config)] = std::sqrt(error / norm);
+    if (!(std::sqrt(error / norm) < 5e-3)) {
+      ++failures_;
+      std::printf("WRONG %s %llux%llu M %llu: %.3e from the portable kernel\n", to_string(config).c_str(),
+                  static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
+                  static_cast<unsigned long long>(x.tokens), std::sqrt(error / norm));
+    }
+  }
+
+  void add_peer(std::vector<Candidate>& candidates, const std::string& name, bool fp8,
+                std::unique_ptr<CublasGemm>& gemm, std::uint64_t m, const Shape& s, const void* weights,
+                std::size_t copies, const void* x, void* y, int launches) {
+    gemm = std::make_unique<CublasGemm>(fp8, m, s.n, s.k);
+    const std::size_t bytes = s.n * s.k * (fp8 ? 1 : 2);
+    double best = 1e30;
+    Candidate chosen{name, nullptr, {}, 0};
+    for (int algorithm = 0; algorithm < gemm->algorithms(); ++algorithm) {
+      try {
+        auto chain = std::make_unique<Chain>(launches, [&, algorithm](int i, cudaStream_t stream) {
+          const auto* w =
+              static_cast<const std::uint8_t*>(weights) + static_cast<std::size_t>(i) % copies * bytes;
+          gemm->run(algorithm, w, x, y, stream);
+        });
+        chain->once();
+        const double t = std::min(chain->once(), chain->once());
+        if (t < best) {
+          best = t;
+          chosen.chain = std::move(chain);
+        }
+      } catch (const std::runtime_error&) {
+        cudaGetLastError();  // an algorithm that does not run is not a candidate
+      }
+    }
+    if (chosen.chain) candidates.push_back(std::move(chosen));
+  }
+
+  void report(std::vector<Candidate>& candidates, const Shape& s, std::uint64_t m, double roof_us,
+              double flops) {
+    double fp8 = std::nan("");
+    for (const Candidate& c : candidates)
+      if (c.name == "cublas fp8") fp8 = summarize(c.samples, 0).microseconds;
+    for (const Candidate& c : candidates) {
+      const Timing t = summarize(c.samples, c.clock);
+      const double error = error_.contains(c.name) ? error_[c.name] : 0.0;
+      char line[256];
+      std::snprintf(line, sizeof(line),
+                    "%6llux%-6llu %6llu %-16s %9.2f us  roof %7.2f (%.3f, +%.1f)  %6.0f TFLOPS  x%.2f fp8  "
+                    "spread %.3f  %4u MHz  e %.1e\n",
+                    static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
+                    static_cast<unsigned long long>(m), c.name.c_str(), t.microseconds, roof_us,
+                    roof_us / t.microseconds, t.microseconds - roof_us, flops / t.microseconds * 1e-6,
+                    fp8 / t.microseconds, t.spread, t.clock_mhz, error);
+      std::fputs(line, stdout);
+      std::fflush(stdout);
+      char brief[128];
+      std::snprintf(brief, sizeof(brief), "%llux%llu %llu %s: %.2f (%.2f; %.2f)\n",
+                    static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
+                    static_cast<unsigned long long>(m), c.name.c_str(), t.microseconds,
+                    roof_us / t.microseconds, fp8 / t.microseconds);
+      table_ += brief;
+      results_.push_back({{"n", s.n},
+                          {"k", s.k},
+                          {"m", m},
+                          {"config", c.name},
+                          {"us", t.microseconds},
+                          {"roof_us", roof_us},
+                          {"roof_fraction", roof_us / t.microseconds},
+                          {"tflops", flops / t.microseconds * 1e-6},
+                          {"speed_over_fp8", fp8 / t.microseconds},
+                          {"spread", t.spread},
+                          {"clock_mhz", t.clock_mhz},
+                          {"difference_to_portable", error}});
+    }
+    error_.clear();
+  }
+
+ public:
+  int failures() const { return failures_; }
+
+ private:
+  const Arguments& args_;
+  const DeviceInfo& device_;
+  Card card_;
+  DeviceBuffer<std::uint8_t> workspace_;
+  std::size_t next_ = 0;  // weight copy of the next launch
+  std::map<std::string, double> error_;
+  nlohmann::json results_ = nlohmann::json::array();
+  std::string table_;
+  int failures_ = 0;
+};
+
+int main_checked(int argc, char** argv) {
+  Arguments args;
+  CLI::App app{"GEMM bench: FireQ's kernels, cuBLASLt FP8 and bf16, and the roof"};
+  app.add_option("--shapes", args.shapes, "NxK or a model's set")->delimiter(',');
+  app.add_option("--m", args.tokens, "numbers of tokens")->delimiter(',');
+  app.add_option("--only", args.only, "configurations or routes")->delimiter(',');
+  app.add_option("--json", args.json, "write results here");
+  app.add_option("--ms", args.milliseconds, "milliseconds a round and candidate");
+  app.add_option("--rounds", args.rounds, "interleaved rounds");
+  app.add_flag("--bf16", args.bf16, "cuBLASLt bf16 too");
+  app.add_flag("!--no-check", args.check, "do not compare outputs with the portable kernel");
+  app.add_flag("--serial", args.serial, "no programmatic dependent launch");
+  CLI11_PARSE(app, argc, argv);
+  const DeviceInfo device = current_device();
+  std::printf("%s, %u multiprocessors, %s\n", device.name.c_str(), device.multiprocessors,
+              args.serial ? "plain launches" : "programmatic launches");
+  Bench bench(args, device);
+  for (const Shape& s : parse_shapes(args.shapes)) bench.shape(s);
+  bench.finish(args.json);
+  return bench.failures() == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fireq::kernels::bench
+
+int main(int argc, char** argv) {
+  try {
+    return fireq::kernels::bench::main_checked(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "bench_gemm: %s\n", e.what());
+    return 4;
+  }
+}

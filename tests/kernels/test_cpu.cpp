@@ -1,0 +1,193 @@
+// What needs no GPU: the split of work, the choice of configurations, the access to both layouts, the CPU
+// twin.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <set>
+
+#include "common/error.hpp"
+#include "kernels/cpu_twin.hpp"
+#include "kernels/gemm.hpp"
+#include "kernels/gemm_config.hpp"
+#include "kernels/weight_access.hpp"
+#include "libquant/packing.hpp"
+#include "tests/kernels/problem.hpp"
+
+namespace fireq::kernels::testing {
+namespace {
+
+TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
+  std::mt19937 rng(std::random_device{}());
+  std::uniform_int_distribution<std::uint32_t> blocks(1, 500), units(1, 60), workers(1, 140), share(0, 6);
+  for (int round = 0; round < 300; ++round) {
+    const SplitPlan plan = make_split_plan(blocks(rng), units(rng), workers(rng), share(rng));
+    SCOPED_TRACE(std::to_string(plan.blocks) + " blocks " + std::to_string(plan.units) + " units " +
+                 std::to_string(plan.workers) + " workers");
+    std::vector<int> seen(plan.blocks * plan.units, 0);
+    std::vector<std::uint64_t> load(plan.workers, 0);
+    for (std::uint32_t w = 0; w < plan.workers; ++w) {
+      SegmentWalk walk(plan, w);
+      Segment s;
+      std::set<std::pair<std::uint32_t, std::uint32_t>> partial;
+      while (walk.next(s)) {
+        ASSERT_LT(s.begin, s.end);
+        ASSERT_LE(s.end, plan.units);
+        ASSERT_LT(s.block, plan.blocks);
+        load[w] += s.end - s.begin;
+        for (std::uint32_t u = s.begin; u < s.end; ++u) ++seen[s.block * plan.units + u];
+        const bool whole = s.begin == 0 && s.end == plan.units;
+        if (s.block < plan.split_blocks) {
+          EXPECT_GE(w, plan.first_worker(s.block));
+          EXPECT_LE(w, plan.last_worker(s.block));
+          if (!whole) {
+            EXPECT_TRUE(partial.emplace(partial_slot(plan, w, s.block), 0).second)
+                << "two partials in a slot";
+            EXPECT_NE(plan.first_worker(s.block), plan.last_worker(s.block));
+          } else {
+            EXPECT_EQ(plan.first_worker(s.block), plan.last_worker(s.block));
+          }
+        } else {
+          EXPECT_TRUE(whole);
+        }
+      }
+    }
+    EXPECT_THAT(seen, ::testing::Each(1));
+    // Every worker between the first and the last of a block contributes.
+    for (std::uint32_t b = 0; b < plan.split_blocks; ++b)
+      for (std::uint32_t w = plan.first_worker(b); w <= plan.last_worker(b); ++w) {
+        EXPECT_LT(plan.share_begin(w), (b + 1) * plan.units);
+        EXPECT_GT(plan.share_begin(w + 1), b * plan.units);
+      }
+    const auto [low, high] = std::minmax_element(load.begin(), load.end());
+    EXPECT_LE(*high - *low, 1U) << "uneven shares";
+  }
+}
+
+TEST(GemmConfig, ChoiceIsOneOfTheConfigurations) {
+  const DeviceInfo hopper{90, 132, "test"};
+  const DeviceInfo ampere{80, 108, "test"};
+  for (const std::uint64_t m : {1U, 8U, 9U, 16U, 17U, 32U, 33U, 64U, 65U, 128U, 129U, 5000U}) {
+    for (const auto& device : {hopper, ampere}) {
+      for (const WeightLayout layout : {WeightLayout::row, WeightLayout::sm90}) {
+        const GemmChoice choice = choose_gemm(device, layout, m, 4096, 4096);
+        EXPECT_THAT(gemm_configs(device, layout, m), ::testing::Contains(choice.config))
+            << to_string(choice.config);
+        EXPECT_FALSE(choice.reason.empty());
+        if (device.compute_capability == 80) {
+          EXPECT_EQ(choice.config.route, Route::portable);
+        }
+        if (choice.config.route == Route::decode) {
+          EXPECT_GE(choice.config.token_tile, m);
+        }
+      }
+    }
+  }
+}
+
+TEST(WeightAccess, BothLayoutsGiveTheSameCodesAndScales) {
+  std::mt19937 rng(std::random_device{}());
+  for (const auto& [rows, cols] :
+       {std::pair{1U, 1U}, {127U, 128U}, {129U, 300U}, {256U, 256U}, {70U, 129U}}) {
+    const Layer l = make_layer(rng, rows, cols, kInt4, Spread::all_scales);
+    libquant::QuantizedLinear q;
+    q.rows = rows;
+    q.cols = cols;
+    q.codes = l.codes;
+    q.group_scales = l.group_scales;
+    q.row_scales = l.row_scales;
+    const std::vector<std::uint8_t> tiles = libquant::pack_sm90(q);
+    WeightRef row = l.ref();
+    WeightRef tiled = row;
+    tiled.layout = WeightLayout::sm90;
+    tiled.tiles = tiles.data();
+    ASSERT_EQ(tiles.size(), tiled.tile_bytes());
+    for (std::uint64_t n = 0; n < rows; ++n) {
+      for (std::uint64_t k = 0; k < l.groups() * 128; k += 4) {
+        const std::uint32_t expected =
+            l.code(n, k) | l.code(n, k + 1) << 4U | l.code(n, k + 2) << 8U | l.code(n, k + 3) << 12U;
+        ASSERT_EQ(load_quad(row, n, k), expected);
+        ASSERT_EQ(load_quad(tiled, n, k), expected) << "row " << n << " column " << k;
+        ASSERT_EQ(load_scale(tiled, n, k / 128), l.group_scales[n * l.groups() + k / 128]);
+      }
+    }
+  }
+}
+
+TEST(WeightAccess, QuadsSurviveTheWord) {
+  for (std::uint32_t first = 0; first < 65536; first += 77) {
+    const std::uint32_t second = (first * 40503U) & 0xffffU;
+    const std::uint32_t word = join_quads(first, second);
+    ASSERT_EQ(split_quad(word, 0), first);
+    ASSERT_EQ(split_quad(word, 1), second);
+  }
+}
+
+class CpuTwin : public ::testing::TestWithParam<std::array<float, 8>> {};
+
+TEST_P(CpuTwin, OperandsAndProductAreTheDefinitions) {
+  std::mt19937 rng(std::random_device{}());
+  for (const auto& [m, n, k] :
+       {std::tuple{1U, 1U, 1U}, {3U, 65U, 129U}, {7U, 128U, 384U}, {2U, 33U, 1000U}}) {
+    const Layer l = make_layer(rng, n, k, GetParam(), Spread::all_scales, m == 3);
+    const Tokens t = make_tokens(rng, m, k);
+    const std::vector<std::uint8_t> w8 = definition_operands(l);
+    std::vector<std::uint8_t> twin(w8.size(), 0xee);
+    cpu::dequantize_to_fp8(l.ref(), twin, 2);
+    EXPECT_EQ(twin, w8);
+    const Product expected = definition_product(t, l, w8);
+    Epilogue epilogue;
+    std::vector<double> y(m * n, std::nan(""));
+    cpu::gemm_w4a8_reference(t.ref(), l.ref(), epilogue, y, 2);
+    std::vector<std::uint16_t> residual(m * n);
+    std::normal_distribution<float> normal;
+    for (auto& r : residual) r = to_bf16(normal(rng));
+    epilogue.bias = l.bias.data();
+    epilogue.residual = residual.data();
+    epilogue.residual_pitch = n;
+    std::vector<std::uint16_t> out(m * (n + 3), 0x7fc1);
+    cpu::gemm_w4a8(t.ref(), l.ref(), {out.data(), n + 3}, epilogue, 2);
+    for (std::uint64_t i = 0; i < m; ++i) {
+      for (std::uint64_t j = 0; j < n; ++j) {
+        const double definition = expected.y[i * n + j];
+        const double noise = expected.noise[i * n + j];
+        EXPECT_NEAR(y[i * n + j], definition, 1e-12 * noise);
+        const double full = definition + l.bias[j] + from_bf16(residual[i * n + j]);
+        EXPECT_NEAR(from_bf16(out[i * (n + 3) + j]), full, std::fabs(full) / 250 + 1e-4 * noise + 1e-5);
+      }
+      for (std::uint64_t j = n; j < n + 3; ++j) EXPECT_EQ(out[i * (n + 3) + j], 0x7fc1);
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Levels, CpuTwin, ::testing::Values(kInt4, kNormalLike, kWide));
+
+TEST(CpuTwin, QuantiserRoundsToTheNearestOperand) {
+  std::mt19937 rng(std::random_device{}());
+  std::normal_distribution<float> normal;
+  const std::uint64_t tokens = 3, cols = 200, pitch = 208;
+  std::vector<std::uint16_t> x(tokens * cols);
+  for (auto& v : x) v = to_bf16(normal(rng));
+  for (std::uint64_t k = 0; k < cols; ++k) x[2 * cols + k] = 0;  // a token of zeros
+  std::vector<std::uint8_t> x8(tokens * pitch, 0xaa);
+  std::vector<float> scale(tokens);
+  cpu::quantize_activations({x.data(), cols}, tokens, cols, {x8.data(), pitch, scale.data()});
+  EXPECT_EQ(scale[2], 0x1p-20F * (1.0F / 448.0F));
+  for (std::uint64_t m = 0; m < tokens; ++m)
+    for (std::uint64_t k = 0; k < pitch; ++k) {
+      if (k >= cols) {
+        EXPECT_EQ(x8[m * pitch + k], 0xaa);
+        continue;
+      }
+      const float quotient = from_bf16(x[m * cols + k]) / scale[m];
+      EXPECT_EQ(x8[m * pitch + k], e4m3_nearest(quotient)) << quotient;
+    }
+}
+
+TEST(NoDevice, LaunchersRefuseImpossibleOperands) {
+  if (device_count() > 0) GTEST_SKIP() << "a device is there; the GPU tests cover it";
+  EXPECT_THROW(current_device(), Error);
+  EXPECT_THROW(gemm_w4a8({}, {}, {}, {}, {}), Error);
+}
+
+}  // namespace
+}  // namespace fireq::kernels::testing
