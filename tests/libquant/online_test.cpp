@@ -104,7 +104,7 @@ TEST(KeysAndValues, AreSymmetricInt4WithAnE4m3Scale) {
         double expected = std::nearbyint(value / sigma);
         expected = std::fmin(7.0, std::fmax(-7.0, expected));
         ASSERT_EQ(static_cast<double>(codes[i]), expected) << value << " / " << sigma;
-        const unsigned nibble = nibbles[i / 2] >> (i % 2 * 4) & 15U;
+        const unsigned nibble = unsigned{nibbles[i / 2]} >> (i % 2 * 4) & 15U;
         ASSERT_NE(nibble, 8U);
         ASSERT_EQ(static_cast<double>(nibble & 7U) * ((nibble & 8U) != 0 ? -1 : 1), expected);
         ASSERT_EQ(back[i], static_cast<float>(expected * sigma));

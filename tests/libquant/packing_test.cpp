@@ -28,8 +28,8 @@ QuantizedLinear random_linear(std::uint64_t rows, std::uint64_t cols) {
   return q;
 }
 
-std::uint8_t code_or_padding(const QuantizedLinear& q, std::uint64_t n, std::uint64_t k) {
-  return n < q.rows ? q.code(n, k) : std::uint8_t{0};
+unsigned code_or_padding(const QuantizedLinear& q, std::uint64_t n, std::uint64_t k) {
+  return n < q.rows ? unsigned{q.code(n, k)} : 0U;
 }
 
 TEST(Sm90Layout, PackingAndUnpackingIsTheIdentity) {
