@@ -25,7 +25,8 @@ namespace fireq::libquant {
 std::uint8_t group_scale_code(double amax, double unit, double inverse_unit, std::uint8_t top);
 
 // r of a row: the smallest bf16 b >= row_max / top_level, at least 2^-9 and at most the largest finite bf16,
-// over 56 in FP32 (so that FP32 56 * r is b again).
+// over 56 in FP32. bf16(56 r) is b, and b / 448 * 8 is r again, which is how vLLM finds it
+// (docs/checkpoint-format.md, "Export").
 float row_scale_for(float row_max, float top_level);
 
 // Tables of one r, made when first asked for: neighbouring groups share few sigma codes.

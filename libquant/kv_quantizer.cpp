@@ -58,7 +58,7 @@ void dequantize_kv(std::span<const std::uint8_t> nibbles, std::uint8_t sigma, st
     throw Error(ErrorKind::internal, "bytes of a KV vector's codes");
   const float scale = bits::f32_from_e4m3(sigma);
   for (std::size_t i = 0; i < out.size(); ++i) {
-    const unsigned nibble = (nibbles[i / 2] >> (i % 2 * 4U)) & 15U;
+    const unsigned nibble = (unsigned{nibbles[i / 2]} >> (i % 2 * 4U)) & 15U;
     const float magnitude = static_cast<float>(nibble & 7U) * scale;
     out[i] = (nibble & 8U) != 0 ? -magnitude : magnitude;
   }

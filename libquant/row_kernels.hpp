@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "libquant/levels.hpp"
 
@@ -62,7 +63,11 @@ struct RowKernels {
 };
 
 const RowKernels& plain_kernels() noexcept;
-const RowKernels& kernels() noexcept;  // the best table for this CPU
+const RowKernels& kernels() noexcept;  // the best table for this CPU, or what use_kernels set
+// For tests and benches, from one thread and while nothing is being quantised: every table that this CPU can
+// run, the plain one among them, and which one kernels() gives (null: the best again).
+std::vector<const RowKernels*> available_kernels();
+void use_kernels(const RowKernels* table) noexcept;
 
 // The fold that search_errors ends with, shared by all tables.
 inline float fold_partials(std::array<float, 16>& partial) noexcept {

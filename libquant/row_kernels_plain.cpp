@@ -131,10 +131,14 @@ const RowKernels& plain_kernels() noexcept {
   return kPlain;
 }
 
-#ifndef FIREQ_HIGHWAY  // else row_kernels_simd.cpp has it
+#ifndef FIREQ_HIGHWAY  // else row_kernels_simd.cpp has them
 const RowKernels& kernels() noexcept {
   return kPlain;
 }
+std::vector<const RowKernels*> available_kernels() {
+  return {&kPlain};
+}
+void use_kernels(const RowKernels* /*table*/) noexcept {}
 #endif
 
 }  // namespace fireq::libquant

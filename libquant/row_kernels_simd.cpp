@@ -428,8 +428,30 @@ namespace fireq::libquant {
 
 HWY_EXPORT(table);
 
+namespace {
+std::atomic<const RowKernels*> chosen{nullptr};
+}
+
 const RowKernels& kernels() noexcept {
-  return *HWY_DYNAMIC_DISPATCH(table)();
+  const RowKernels* const set = chosen.load(std::memory_order_relaxed);
+  return set != nullptr ? *set : *HWY_DYNAMIC_DISPATCH(table)();
+}
+
+void use_kernels(const RowKernels* set) noexcept {
+  chosen.store(set, std::memory_order_relaxed);
+}
+
+std::vector<const RowKernels*> available_kernels() {
+  std::vector<const RowKernels*> tables{&plain_kernels()};
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    const RowKernels* const found = HWY_DYNAMIC_DISPATCH(table)();
+    if (found != tables[0]) tables.push_back(found);
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  return tables;
 }
 
 }  // namespace fireq::libquant

@@ -13,6 +13,7 @@
 #include "libquant/number_formats.hpp"
 #include "libquant/packing.hpp"
 #include "libquant/quantized_linear.hpp"
+#include "libquant/row_kernels.hpp"
 
 namespace {
 
@@ -149,6 +150,16 @@ int main(int argc, char** argv) {
   add("rtn/f16", [](benchmark::State& s) { quantize(s, Dtype::f16, {}, false); });
   add("rtn/bf16", [](benchmark::State& s) { quantize(s, Dtype::bf16, {}, false); });
   add("rtn/f32", [](benchmark::State& s) { quantize(s, Dtype::f32, {}, false); });
+  for (const RowKernels* table : available_kernels()) {  // what older CPUs would run
+    benchmark::RegisterBenchmark(("rtn/f16/" + std::string(table->name)).c_str(),
+                                 [table](benchmark::State& s) {
+                                   use_kernels(table);
+                                   quantize(s, Dtype::f16, {}, false);
+                                   use_kernels(nullptr);
+                                 })
+        ->Unit(benchmark::kMillisecond)
+        ->MinTime(0.5);
+  }
   add("fast/int4/f16", [](benchmark::State& s) { quantize(s, Dtype::f16, fast(Levels::int4()), true); });
   add("fast/normal/f16", [](benchmark::State& s) { quantize(s, Dtype::f16, fast(Levels::normal()), true); });
   add("tensor_scale/f16", tensor_scale);
