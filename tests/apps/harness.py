@@ -85,8 +85,9 @@ def start(*args, **kw):
 
 
 def refused(*args, code, parts=(), absent=(), **kw):
-    """fireq must fail with `code` and say so in one line that has every part. Returns the line."""
+    """fireq must fail, with `code` unless None, and say so in one line that has every part. Returns the line."""
     result = fireq(*args, code=code, **kw)
+    assert result.code != 0, f"a failure expected\n{result}"
     lines = [line for line in result.err.splitlines() if line.strip() and not line.startswith("warning:")]
     assert len(lines) == 1, f"one line on stderr expected, not {len(lines)}\n{result}"
     line = lines[0]
