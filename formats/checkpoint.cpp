@@ -1,7 +1,5 @@
 #include "formats/checkpoint.hpp"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <array>
 #include <filesystem>
@@ -13,6 +11,8 @@
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "formats/file_system.hpp"
+#include "formats/folder_rules.hpp"
+#include "formats/hash.hpp"
 #include "formats/names.hpp"
 #include "formats/safetensors.hpp"
 
@@ -32,14 +32,10 @@ Error input_error(std::string message, const std::string& path) {
   return std::move(Error(ErrorKind::input, std::move(message)).path(path));
 }
 
-stdfs::path canonical(const stdfs::path& path) {
+void refuse_partial(const std::string& folder) {
   std::error_code code;
-  stdfs::path result = stdfs::canonical(path, code);
-  if (code) throw system_error("resolve", path.string(), code.value());
-  return result;
-}
-
-void refuse_partial(const std::string& folder, const stdfs::path& real) {
+  const stdfs::path real = stdfs::canonical(folder, code);
+  if (code) throw system_error("resolve", folder, code.value());
   const auto refuse = [&](const std::string& found) {
     throw input_error("an unfinished FireQ output does not load", folder)
         .found(found)
@@ -49,8 +45,7 @@ void refuse_partial(const std::string& folder, const stdfs::path& real) {
     if (part.string().ends_with(kPartialSuffix)) refuse(in_quotes(part.string()) + " in its path");
   }
   for (const std::string_view marker : {kLockFile, kResumeFile}) {
-    std::error_code code;
-    if (stdfs::exists(stdfs::symlink_status(real / marker, code))) refuse(std::string(marker));
+    if (path_exists((real / marker).string())) refuse(std::string(marker));
   }
 }
 
@@ -73,17 +68,7 @@ bool is_unfinished_download(const std::string& name) {
 Listing list_folder(const std::string& folder) {
   Listing listing;
   std::map<std::string, std::string> spelling;
-  std::error_code code;
-  stdfs::directory_iterator entry(folder, code);
-  if (code) throw system_error("list the folder", folder, code.value());
-  std::vector<std::string> names;
-  for (; entry != stdfs::directory_iterator(); entry.increment(code)) {
-    names.push_back(entry->path().filename().string());
-    if (code) break;
-  }
-  if (code) throw system_error("list the folder", folder, code.value());
-  std::sort(names.begin(), names.end());  // the same error for any order of the directory
-  for (const std::string& name : names) {
+  for (const std::string& name : list_names(folder)) {  // sorted: the same error on any disk
     if (is_unfinished_download(name)) {
       throw input_error("an unfinished download", folder + "/" + name)
           .hint("finish the download, or delete this file if the model is complete without it");
@@ -111,54 +96,6 @@ bool is_one_of_several(const std::string& name) {
          count.find_first_not_of('0') != std::string::npos &&
          count.substr(count.find_first_not_of('0')) != "1";
 }
-
-// Resolves links: a checkpoint from a stranger must not make this program read another file of the user's.
-// The one shape of link that leaves the folder and is let through is the Hugging Face cache's own.
-void check_inside(const stdfs::path& real_folder, const std::string& folder, const std::string& name) {
-  std::error_code code;
-  const stdfs::path real = stdfs::canonical(stdfs::path(folder) / name, code);
-  const std::string path = folder + "/" + name;
-  if (code == std::errc::no_such_file_or_directory) throw input_error("a shard is missing", path);
-  if (code) throw system_error("resolve", path, code.value());
-  const stdfs::path parent = real.parent_path();
-  if (parent == real_folder) return;
-  const bool cache_link = real_folder.parent_path().filename() == "snapshots" &&
-                          parent == real_folder.parent_path().parent_path() / "blobs";
-  const std::string inside = (real_folder / "").string();
-  if (cache_link || real.string().starts_with(inside)) return;
-  throw input_error("a link leads out of the folder", path)
-      .expected("a file inside " + real_folder.string())
-      .found(real.string())
-      .hint("copy the file into the folder if you trust it");
-}
-
-class Hasher {
- public:
-  Hasher() : state_(XXH3_createState()) {
-    if (state_ == nullptr) throw Error(ErrorKind::environment, "out of memory");
-    XXH3_128bits_reset(state_);
-  }
-  ~Hasher() { XXH3_freeState(state_); }
-  Hasher(const Hasher&) = delete;
-  Hasher& operator=(const Hasher&) = delete;
-
-  void add(std::uint64_t value) {
-    std::array<unsigned char, 8> bytes{};
-    for (std::size_t i = 0; i < 8; ++i) bytes[i] = static_cast<unsigned char>(value >> (8 * i));
-    XXH3_128bits_update(state_, bytes.data(), bytes.size());
-  }
-  void add(std::string_view text) {  // with its length, so that neighbours cannot run into each other
-    add(std::uint64_t{text.size()});
-    XXH3_128bits_update(state_, text.data(), text.size());
-  }
-  std::string hex() const {
-    const XXH128_hash_t hash = XXH3_128bits_digest(state_);
-    return hex128(hash.high64, hash.low64);
-  }
-
- private:
-  XXH3_state_t* state_;
-};
 
 }  // namespace
 
@@ -244,9 +181,8 @@ void CheckpointReader::Impl::open_indexed(const Listing& listing) {
     throw input_error("the folder has both " + single + " and an index of other shards", folder)
         .hint("move one of the two models away");
   }
-  const stdfs::path real_folder = canonical(folder);
   for (const auto& [shard, tensor] : first_tensor) {
-    check_inside(real_folder, folder, shard);
+    check_inside_folder(folder, shard);
     add_shard(shard, &shard_of);
   }
   for (const auto& [tensor, shard] : shard_of) {
@@ -264,14 +200,13 @@ CheckpointReader::CheckpointReader(const std::string& folder) : impl_(std::make_
         .path(folder)
         .hint("name the folder that holds config.json and the *.safetensors files");
   }
-  const stdfs::path real_folder = canonical(folder);
-  refuse_partial(impl_->folder, real_folder);
+  refuse_partial(impl_->folder);
   const Listing listing = list_folder(impl_->folder);
   if (listing.index) {
-    check_inside(real_folder, impl_->folder, std::string(kIndexFile));
+    check_inside_folder(impl_->folder, std::string(kIndexFile));
     impl_->open_indexed(listing);
   } else {
-    for (const std::string& name : listing.safetensors) check_inside(real_folder, impl_->folder, name);
+    for (const std::string& name : listing.safetensors) check_inside_folder(impl_->folder, name);
     impl_->open_single(listing);
   }
 }
@@ -352,7 +287,7 @@ std::string CheckpointReader::fingerprint(int threads) const {
       all.add(hash.low64);
     }
   }
-  return all.hex();
+  return all.digest();
 }
 
 }  // namespace fireq::formats

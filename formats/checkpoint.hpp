@@ -16,7 +16,7 @@ namespace fireq::formats {
 // What marks a folder in which a run still grows (fireq_folder.hpp); such a folder never loads.
 inline constexpr std::string_view kPartialSuffix = ".fireq-partial";
 inline constexpr std::string_view kLockFile = "fireq.lock";
-inline constexpr std::string_view kResumeFile = "fireq-resume.json";
+inline constexpr std::string_view kResumeFile = "fireq-resume.jsonl";
 
 class CheckpointReader {
  public:

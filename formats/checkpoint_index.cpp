@@ -1,12 +1,11 @@
 // model.safetensors.index.json.
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "common/error.hpp"
 #include "formats/checkpoint.hpp"
+#include "formats/model_config_json.hpp"
 #include "formats/names.hpp"
-#include "formats/strict_json.hpp"
 
 namespace fireq::formats {
 namespace {
@@ -31,20 +30,13 @@ void check_shard_name(const std::string& name, const std::string& tensor, const 
 
 std::map<std::string, std::string> parse_safetensors_index(std::string_view json_text,
                                                            const std::string& path_for_errors) {
-  nlohmann::json index = parse_strict_json(json_text, path_for_errors);
-  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
-    throw Error(ErrorKind::input, "index has no object weight_map").path(path_for_errors);
-  }
+  refuse_nul(json_text, path_for_errors);
+  const nlohmann::json index = parse_json(json_text, path_for_errors);
+  const JsonFields weight_map = JsonFields(index, path_for_errors).object("weight_map");
   std::map<std::string, std::string> shard_of;
   std::map<std::string, std::string> spelling;  // lower case -> as written
-  for (auto& [tensor, shard] : index["weight_map"].items()) {
-    if (!shard.is_string()) {
-      throw Error(ErrorKind::input, "index entry is no string")
-          .path(path_for_errors)
-          .tensor(tensor)
-          .found(shard.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
-    }
-    auto name = shard.get<std::string>();
+  for (const auto& [tensor, shard] : weight_map.value().items()) {
+    std::string name = weight_map.text(tensor);
     check_shard_name(name, tensor, path_for_errors);
     const auto [known, fresh] = spelling.emplace(ascii_lower(name), name);
     if (!fresh && known->second != name) {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "formats/file_system.hpp"
@@ -38,15 +39,20 @@ struct QuantizationConfig {
   std::string tool_version;
 };
 
-// The folder's config.json has quantization_config with quant_method "fireq"?
+// Rules of docs/checkpoint-format.md on quantization_config. Error(input) naming the key.
+QuantizationConfig parse_quantization_config(std::string_view config_json,
+                                             const std::string& path_for_errors);
+
+// The folder's config.json has quantization_config with quant_method "fireq"? False without a config.json;
+// Error(input) when it is no JSON.
 bool is_fireq_folder(const std::string& folder);
 QuantizationConfig read_quantization_config(const std::string& folder);
-// config.json text of OUT: the source's config.json plus quantization_config.
+// config.json text of OUT: the source's config.json plus quantization_config, keys sorted.
 std::string make_config_json(const std::string& source_config_json, const QuantizationConfig& quantization);
 
 // Checks names, dtypes and shapes of every tensor of a FireQ folder against its config.json before data is
-// read.
-
+// read; then the content of the small ones (weight_shape, weight_levels, k_post_rope_scale). Error(input)
+// names the file and the tensor. Codes and scales are checked where they are used (libquant).
 void check_fireq_tensors(const CheckpointReader& reader, const ModelConfig& model,
                          const QuantizationConfig& quantization);
 
@@ -57,33 +63,47 @@ std::array<std::string, 7> linear_names(std::uint64_t layer);
 std::array<std::uint64_t, 2> linear_shape(const ModelConfig& model, std::size_t linear);
 bool linear_has_bias(const ModelConfig& model, std::size_t linear);
 
-// One run's output. Units (embedding, layer 0 ... L-1, tail) are staged one by one as durable files;
-// publish() assembles shards of at most shard_size bytes, writes the index last, fsyncs, and renames
-// OUT.fireq-partial to OUT. shard size only moves file cuts.
+// One run's output. Units (embedding, layers, tail) are staged one by one as durable files in
+// OUT.fireq-partial/; publish() assembles shards of at most shard_size bytes of data, writes the index and
+// config.json last, fsyncs, and makes OUT appear by one rename. shard_size only moves tensors between files.
+// docs/checkpoint-format.md has the partial folder's content and what each interruption leaves.
+//
+// stage() and publish() throw what the file system throws; after an error or a crash the partial folder can
+// be resumed.
 class FireqWriter {
  public:
-  enum class Mode : std::uint8_t { fresh, resume, restart };
-  // Throws Error(usage) when OUT exists without force, when OUT is the input or inside it (the caller passes
-  // it), when a partial exists in fresh mode; Error(environment) when another run holds the lock;
-  // Error(input) when resuming with another fingerprint (says which of model, text, recipe changed).
-  // `fingerprints` = {model, text, recipe}.
+  enum class Mode : std::uint8_t {
+    fresh,   // refuses a partial output that holds finished work
+    resume,  // goes on with it; starts afresh when there is none
+    restart  // throws it away
+  };
+  // Throws Error(usage) when OUT exists without `force` (or is, even with it, no FireQ folder and not empty),
+  // when OUT is the input, inside it or around it, when its parent does not exist, and for a partial output
+  // in fresh mode; Error(environment) when another run holds the lock; Error(input) when resuming with
+  // another fingerprint (says which of model, text, recipe changed). `fingerprints` = {model, text, recipe}:
+  // any text; whatever changes the staged bytes must be in one of them.
   FireqWriter(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode, bool force,
               const std::array<std::string, 3>& fingerprints);
-  ~FireqWriter();
+  ~FireqWriter();  // releases the lock; leaves the partial folder
   FireqWriter(const FireqWriter&) = delete;
   FireqWriter& operator=(const FireqWriter&) = delete;
 
   const std::string& partial_folder() const noexcept;
   bool unit_done(const std::string& unit) const;
-  // Stages one unit: tensors with their bytes, in name order inside the unit; durable on return.
+  // Stages one unit: tensors with their bytes, sorted by name inside the unit; durable on return. Unit names
+  // are made of letters, digits, '-', '_' and '.'.
   struct Tensor {
     TensorPlan plan;
     std::vector<std::byte> owned;         // used when not empty
     std::span<const std::byte> borrowed;  // else this
+    // The source folder's tensor of this name, unchanged (its dtype and shape must be the plan's): nothing is
+    // staged, publish() copies it straight from there. `owned` and `borrowed` are not looked at.
+    bool from_source = false;
   };
   void stage(const std::string& unit, std::span<const Tensor> tensors);
-  // A side file such as calibration.h5 written into the partial folder by the caller under this path.
-  std::string side_file(const std::string& name) const;
+  // Where the caller writes a side file such as calibration.h5, atomically; it survives a resume and is
+  // published when this was called (again) in the run that publishes.
+  std::string side_file(const std::string& name);
   // Copies tokenizer files, generation_config.json, chat templates, licence files byte for byte; writes
   // config.json; shards; index; rename.
   void publish(const std::vector<std::string>& units_in_order, const std::string& config_json,

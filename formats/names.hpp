@@ -5,6 +5,8 @@
 #include <string>
 #include <string_view>
 
+#include "common/error.hpp"
+
 namespace fireq::formats {
 
 // ASCII only: file systems that fold case fold these at least.
@@ -31,6 +33,13 @@ inline std::string hex64(std::uint64_t value) {
 }
 inline std::string hex128(std::uint64_t high, std::uint64_t low) {
   return hex64(high) + hex64(low);
+}
+
+// Refuses a zero byte, which the JSON library would take for the end of the text and not look further.
+inline void refuse_nul(std::string_view json_text, const std::string& path) {
+  const std::size_t at = json_text.find('\0');
+  if (at == std::string_view::npos) return;
+  throw Error(ErrorKind::input, "not valid JSON: a zero byte").path(path).offset(at);
 }
 
 }  // namespace fireq::formats

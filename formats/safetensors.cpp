@@ -13,7 +13,6 @@
 #include "common/checked.hpp"
 #include "formats/mapped_file.hpp"
 #include "formats/names.hpp"
-#include "formats/strict_json.hpp"
 
 namespace fireq::formats {
 namespace {
@@ -21,6 +20,12 @@ namespace {
 // Readers that hold JSON numbers as doubles lose integers above this.
 constexpr std::uint64_t kLargestNumber = std::uint64_t{1} << 53U;
 constexpr std::uint64_t kLengthWord = 8;
+
+// The parser's sentence without its name and the position before it.
+std::string syntax_error_text(const std::string& what) {
+  const std::size_t at = what.find(": ");
+  return at == std::string::npos ? what : what.substr(at + 2);
+}
 
 // Takes the events of the JSON parser, so that a key that comes twice is seen, and builds no tree. Every
 // value that a header has no place for ends the parse, which bounds the nesting at 3.
@@ -131,7 +136,7 @@ class HeaderHandler final : public nlohmann::json_sax<nlohmann::json> {
   }
   bool parse_error(std::size_t position, const std::string& /*token*/,
                    const nlohmann::detail::exception& error) override {
-    throw Error(ErrorKind::input, "the header is not valid JSON: " + json_error_text(error.what()))
+    throw Error(ErrorKind::input, "the header is not valid JSON: " + syntax_error_text(error.what()))
         .offset(kLengthWord + (position == 0 ? 0 : position - 1));
   }
 

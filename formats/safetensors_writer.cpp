@@ -68,28 +68,40 @@ std::string make_safetensors_head(std::span<const TensorPlan> plan,
 }
 
 struct SafetensorsWriter::Impl {
+  Impl(const std::string& path_in, const std::vector<TensorPlan>& plan,
+       const std::map<std::string, std::string>& metadata)
+      : path(path_in), head(make_safetensors_head(plan, metadata)) {
+    for (const TensorPlan& tensor : plan) expected += tensor.bytes();
+  }
+  void open(std::unique_ptr<OutputFile> opened) {
+    file = std::move(opened);
+    file->write(std::as_bytes(std::span(head)));
+  }
+
   std::unique_ptr<OutputFile> file;
   std::string path;
-  std::uint64_t head = 0;
+  std::string head;
   std::uint64_t expected = 0;
   std::uint64_t written = 0;
 };
 
+// The plan is checked before the file is created.
 SafetensorsWriter::SafetensorsWriter(FileSystem& fs, const std::string& path, std::vector<TensorPlan> plan,
                                      const std::map<std::string, std::string>& metadata)
-    : impl_(std::make_unique<Impl>()) {
-  const std::string head = make_safetensors_head(plan, metadata);
-  for (const TensorPlan& tensor : plan) impl_->expected += tensor.bytes();
-  impl_->path = path;
-  impl_->head = head.size();
-  impl_->file = fs.create(path);
-  impl_->file->write(std::as_bytes(std::span(head)));
+    : impl_(std::make_unique<Impl>(path, plan, metadata)) {
+  impl_->open(fs.create(path));
+}
+SafetensorsWriter::SafetensorsWriter(std::unique_ptr<OutputFile> file, const std::string& path,
+                                     std::vector<TensorPlan> plan,
+                                     const std::map<std::string, std::string>& metadata)
+    : impl_(std::make_unique<Impl>(path, plan, metadata)) {
+  impl_->open(std::move(file));
 }
 
 SafetensorsWriter::~SafetensorsWriter() = default;
 
 std::uint64_t SafetensorsWriter::file_size() const noexcept {
-  return impl_->head + impl_->expected;
+  return impl_->head.size() + impl_->expected;
 }
 
 void SafetensorsWriter::append(std::span<const std::byte> bytes) {

@@ -22,7 +22,7 @@ inline constexpr std::size_t kHistogramBins = 40;
 // Sums over tokens, per channel. Mergeable: maxima and counts exact, FP64 sums to 1e-12.
 struct SiteStatistics {
   std::vector<float> absmax;             // [C]
-  std::vector<double> abssum;            // [C] sum |x|; the file stores absmean = abssum / count
+  std::vector<double> abssum;            // [C] sum |x|
   std::vector<double> sumsq;             // [C] sum x^2
   std::vector<double> sum3;              // [C] sum x^3 (kurtosis inputs)
   std::vector<double> sum4;              // [C] sum x^4
@@ -45,20 +45,33 @@ struct LayerStatistics {
 
 struct StatisticsMeta {
   std::string model_fingerprint;
-  std::string text_fingerprint;  // of the token ids; merging combines them order-independently
+  // Of the token ids: 32 hex digits. Merging adds them as 128-bit numbers, so that neither order nor grouping
+  // matters.
+  std::string text_fingerprint;
   std::uint64_t tokens = 0;
   std::uint64_t windows = 0;
-  std::uint64_t seed = 0;
+  std::uint64_t seed = 0;  // merged: 0 unless all are equal
   std::uint64_t kv_heads = 0, head_dim = 0;
 };
 
 struct CalibrationStatistics {
   StatisticsMeta meta;
   std::vector<LayerStatistics> layers;
-  void merge(const CalibrationStatistics& other);  // refuses another model's
+  // Error(input) for another model's statistics; *this is then unchanged.
+  void merge(const CalibrationStatistics& other);
 };
 
+// The rules of the content: sizes agree, values finite, maxima and even sums not negative, histograms hold
+// count x channels values. Throws Error(input) with the dataset's name as the tensor.
+void check_statistics(const CalibrationStatistics& statistics, const std::string& path_for_errors);
+
+// Bytes of the file: equal statistics give equal bytes. Both check_statistics() first.
+std::string statistics_file_bytes(const CalibrationStatistics& statistics,
+                                  const std::string& path_for_errors);
 void write_statistics(FileSystem& fs, const std::string& path, const CalibrationStatistics& statistics);
+
+// Throws Error(input) when the file is damaged or breaks a rule. A checksum over the whole file is compared
+// before HDF5 sees a byte. Calls are serialised: the HDF5 library has one global state.
 CalibrationStatistics read_statistics(const std::string& path);
 
 }  // namespace fireq::formats
