@@ -28,7 +28,7 @@ std::string strip_accents(std::string_view text) {
   std::string out;
   for (std::size_t at = 0; at < text.size();) {
     const Utf8Step step = utf8_step(text, at);
-    if (!is_mark_nonspacing(step.code_point)) out.append(text, at, step.length);
+    if (!is_mark(step.code_point)) out.append(text, at, step.length);
     at += step.length;
   }
   return out;

@@ -4,10 +4,13 @@
 #include <pcre2.h>
 
 #include <array>
+#include <cstdio>
+#include <new>
 #include <utility>
 
 #include "common/error.hpp"
 #include "formats/unicode.hpp"
+#include "formats/unicode_additions.hpp"
 
 namespace fireq::formats {
 namespace {
@@ -19,10 +22,42 @@ constexpr std::uint32_t kHeapLimitKiB = 64 * 1024;
 constexpr std::size_t kJitStackFirst = 32 * 1024;
 constexpr std::size_t kJitStackMost = 8 * 1024 * 1024;
 
-// \w of Oniguruma on Unicode text; PCRE2's own means letters, numbers and underscore only.
-constexpr std::string_view kWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc})";
-constexpr std::string_view kWordClass = R"([\p{Alphabetic}\p{M}\p{Nd}\p{Pc}])";
-constexpr std::string_view kNoWordClass = R"([^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}])";
+// What to put into a class for the general category `name` ("L", "Nd"), with the characters that PCRE2's
+// tables may lack.
+void append_category(std::string_view name, std::string& out) {
+  const auto put = [&](char32_t c) {
+    std::array<char, 16> text{};
+    std::snprintf(text.data(), text.size(), "\\x{%x}", static_cast<unsigned>(c));
+    out += text.data();
+  };
+  out.append("\\p{").append(name) += '}';
+  for (const CategoryRange& range : kUnicodeAdditions) {
+    if (!range.category.starts_with(name)) continue;
+    put(range.first);
+    if (range.last > range.first) out += '-';
+    if (range.last > range.first) put(range.last);
+  }
+}
+
+// \w of Oniguruma: alphabetic characters, marks, decimal digits, connectors and, by its tables, the Latin-1
+// fractions and superscripts. PCRE2's own means letters, numbers and underscore only.
+const std::string& word_characters() {
+  static const std::string text = [] {
+    std::string out = R"(\p{Alphabetic}\p{Pc}\xb2\xb3\xb9\xbc-\xbe)";
+    for (const std::string_view name : {"L", "M", "Nd"}) append_category(name, out);
+    return out;
+  }();
+  return text;
+}
+
+bool is_category(std::string_view name) {
+  constexpr std::string_view kNames =
+      " L Lu Ll Lt Lm Lo M Mn Mc Me N Nd Nl No P Pc Pd Ps Pe Pi Pf Po S Sm Sc Sk So Z Zs Zl Zp C Cc Cf Cs Co "
+      "Cn ";
+  std::string padded(1, ' ');
+  padded.append(name) += ' ';
+  return kNames.find(padded) != std::string_view::npos;
+}
 
 [[noreturn]] void refuse(std::string_view pattern, std::size_t at, const std::string& problem) {
   throw Error(ErrorKind::input, "regular expression '" + std::string(pattern) + "' " + problem +
@@ -72,17 +107,17 @@ class Translator {
         out_ += R"(\P{White_Space})";
         return;
       case 'd':
-        out_ += R"(\p{Nd})";
+        put_category("Nd", false, in_class);
         return;
       case 'D':
-        out_ += R"(\P{Nd})";
+        put_category("Nd", true, in_class);
         return;
       case 'w':
-        out_ += in_class ? kWord : kWordClass;
+        put_set(word_characters(), false, in_class);
         return;
       case 'W':
         if (in_class) break;
-        out_ += kNoWordClass;
+        put_set(word_characters(), true, in_class);
         return;
       case 'b':
       case 'B':
@@ -91,7 +126,7 @@ class Translator {
         return;
       case 'p':
       case 'P':
-        property(start, e);
+        property(start, e == 'P', in_class);
         return;
       case 'v':  // the vertical tab; to PCRE2 a class
         out_ += R"(\x{b})";
@@ -122,8 +157,27 @@ class Translator {
     refuse(in_, start, std::string("uses \\") + e + ", which is not supported");
   }
 
+  void put_set(std::string_view content, bool negated, bool in_class) {
+    if (!in_class) out_ += negated ? "[^" : "[";
+    out_ += content;
+    if (!in_class) out_ += ']';
+  }
+
+  void put_category(std::string_view name, bool negated, bool in_class) {
+    if (negated && in_class) {  // a class cannot take characters out again
+      out_.append("\\P{").append(name) += '}';
+      return;
+    }
+    std::string content;
+    append_category(name, content);
+    put_set(content, negated, in_class);
+  }
+
   void word_edge(bool edge) {
-    const auto put = [&](std::string_view opening) { out_.append(opening).append(kWordClass) += ')'; };
+    const auto put = [&](std::string_view opening) {
+      out_.append(opening) += '[';
+      out_.append(word_characters()).append("])");
+    };
     put("(?:(?<=");
     put(edge ? "(?!" : "(?=");
     put("|(?<!");
@@ -131,18 +185,29 @@ class Translator {
     out_ += ')';
   }
 
-  void property(std::size_t start, char e) {
+  void property(std::size_t start, bool negated, bool in_class) {
     const std::size_t close = in_.find('}', at_);
     if (peek(0) != '{' || close == std::string_view::npos) refuse(in_, start, "has \\p without {name}");
-    const std::string_view name = in_.substr(at_ + 1, close - at_ - 1);
-    for (const char c : name) {
-      if (!is_letter(c) && !is_digit(c) && c != '_' && c != '^')
-        refuse(in_, start, "has a strange \\p{name}");
-    }
-    out_ += {'\\', e, '{'};
-    out_ += name;
-    out_ += '}';
+    std::string_view name = in_.substr(at_ + 1, close - at_ - 1);
     at_ = close + 1;
+    if (name.starts_with('^')) {
+      negated = !negated;
+      name.remove_prefix(1);
+    }
+    for (const char c : name) {
+      if (!is_letter(c) && c != '_') refuse(in_, start, "has a strange \\p{name}");
+    }
+    if (is_category(name)) {
+      put_category(name, negated, in_class);
+      return;
+    }
+    const bool boolean = name == "Alphabetic" || name == "Lowercase" || name == "Uppercase" ||
+                         name == "White_Space" || name == "Emoji" || name == "Any";
+    std::string content(negated ? "\\P{" : "\\p{");
+    // The rest are scripts. Without the prefix PCRE2 means the characters used by a script.
+    content.append(boolean ? "" : "sc:").append(name) += '}';
+    if (name == "Han" && !negated) content += R"(\x{2b739}\x{2ebf0}-\x{2ee5d}\x{31350}-\x{323af})";
+    put_set(content, false, in_class);
   }
 
   void code_point(std::size_t start, char e) {

@@ -26,10 +26,10 @@ void append_utf8(char32_t code_point, std::string& out);
 void append_repaired_utf8(std::string_view bytes, std::string& out, std::string* held = nullptr);
 
 // Unicode classes (unicode_classes.cpp).
-bool is_white_space(char32_t c) noexcept;      // property White_Space
-bool is_number(char32_t c) noexcept;           // Nd, Nl, No
-bool is_punctuation(char32_t c) noexcept;      // P*, and all ASCII punctuation
-bool is_mark_nonspacing(char32_t c) noexcept;  // Mn
+bool is_white_space(char32_t c) noexcept;  // property White_Space
+bool is_number(char32_t c) noexcept;       // Nd, Nl, No
+bool is_punctuation(char32_t c) noexcept;  // P*, and all ASCII punctuation
+bool is_mark(char32_t c) noexcept;         // Mn, Mc, Me
 bool is_word(char32_t c) noexcept;  // \w of UTS 18: alphabetic, marks, decimal digits, connectors, joiners
 
 enum class NormalForm : std::uint8_t { nfc, nfd, nfkc, nfkd };

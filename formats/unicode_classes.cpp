@@ -1,10 +1,12 @@
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
 #include "common/error.hpp"
 #include "formats/unicode.hpp"
+#include "formats/unicode_additions.hpp"
 
 namespace fireq::formats {
 namespace {
@@ -28,6 +30,11 @@ bool is_white_space(char32_t c) noexcept {
 bool is_number(char32_t c) noexcept {
   if (c < 0x80) return between(c, '0', '9');
   const auto k = category(c);
+  if (k == UTF8PROC_CATEGORY_CN) {
+    return std::any_of(kUnicodeAdditions.begin(), kUnicodeAdditions.end(), [c](const CategoryRange& range) {
+      return range.category.starts_with('N') && between(c, range.first, range.last);
+    });
+  }
   return k == UTF8PROC_CATEGORY_ND || k == UTF8PROC_CATEGORY_NL || k == UTF8PROC_CATEGORY_NO;
 }
 
