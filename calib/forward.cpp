@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
+#include <functional>
 
 #include "calib/attention.hpp"
 #include "calib/simd.hpp"
@@ -43,6 +45,21 @@ void rotate(float* x, const float* cosine, const float* sine, std::uint64_t half
     const float b = x[i + half];
     x[i] = a * cosine[i] - b * sine[i];
     x[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+// Runs every task; of several that fail, the first in order is reported, whatever the threads did.
+void for_each_task(std::size_t n, int threads, const std::function<void(std::size_t)>& body) {
+  std::vector<std::exception_ptr> failures(n);
+  parallel_for(n, threads, [&](std::size_t task) {
+    try {
+      body(task);
+    } catch (...) {
+      failures[task] = std::current_exception();
+    }
+  });
+  for (const std::exception_ptr& failure : failures) {
+    if (failure) std::rethrow_exception(failure);
   }
 }
 
@@ -392,18 +409,18 @@ void LayerRunner::Impl::run(const Call& call) {
   call.recorder.start(Site::down_in, rows, config.ffn);
 
   const std::uint64_t token_blocks = (rows + kTokenBlock - 1) / kTokenBlock;
-  parallel_for(token_blocks, threads, [&](std::size_t block) {
+  for_each_task(token_blocks, threads, [&](std::size_t block) {
     Pool<BlockArea>::Loan area(blocks);
     project(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
   });
   const std::uint64_t query_blocks = (call.batch.length + kQueryBlock - 1) / kQueryBlock;
-  parallel_for(call.batch.sequences * config.kv_heads * query_blocks, threads, [&](std::size_t task) {
+  for_each_task(call.batch.sequences * config.kv_heads * query_blocks, threads, [&](std::size_t task) {
     const std::uint64_t begin = task % query_blocks * kQueryBlock;
     const std::uint64_t head = task / query_blocks;
     attend_queries(call, head / config.kv_heads, head % config.kv_heads, begin,
                    std::min(begin + kQueryBlock, call.batch.length));
   });
-  parallel_for(token_blocks, threads, [&](std::size_t block) {
+  for_each_task(token_blocks, threads, [&](std::size_t block) {
     Pool<BlockArea>::Loan area(blocks);
     finish(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
   });

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 namespace fireq::calib::simd {
 
@@ -55,6 +56,8 @@ struct Kernels {
 };
 
 const Kernels& kernels();        // the best for this CPU
-const Kernels& plain_kernels();  // always there; tests compare the others with it
+const Kernels& plain_kernels();  // always there
+// Every variant that this CPU can run, for tests. Not while other threads work.
+std::vector<Kernels> all_kernels();
 
 }  // namespace fireq::calib::simd

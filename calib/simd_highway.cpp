@@ -282,21 +282,26 @@ void divergence(Divergence& state, const float* reference, const float* model, s
   log_sum_exp(state.model, model, n);
   state.weighted *= raise(state.reference, largest_of(reference, n));
   const V top = hn::Set(d, state.reference.max);
-  V sums = hn::Zero(d);
+  V s0 = hn::Zero(d);  // summed in log_sum_exp's order: equal rows have a divergence of exactly 0
+  V s1 = hn::Zero(d);
   V weighted = hn::Zero(d);
   std::size_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const V r = hn::LoadU(d, reference + j);
-    const V e = hn::Exp(d, hn::Sub(r, top));
-    sums = hn::Add(sums, e);
-    weighted = hn::MulAdd(e, hn::Sub(r, hn::LoadU(d, model + j)), weighted);
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    const V r0 = hn::LoadU(d, reference + j);
+    const V r1 = hn::LoadU(d, reference + j + kLanes);
+    const V e0 = hn::Exp(d, hn::Sub(r0, top));
+    const V e1 = hn::Exp(d, hn::Sub(r1, top));
+    s0 = hn::Add(s0, e0);
+    s1 = hn::Add(s1, e1);
+    weighted = hn::MulAdd(e0, hn::Sub(r0, hn::LoadU(d, model + j)), weighted);
+    weighted = hn::MulAdd(e1, hn::Sub(r1, hn::LoadU(d, model + j + kLanes)), weighted);
   }
-  double sum = static_cast<double>(sum_lanes(sums));
+  double sum = static_cast<double>(sum_lanes(hn::Add(s0, s1)));
   double rest = static_cast<double>(sum_lanes(weighted));
   for (; j < n; ++j) {
     const double e = std::exp(static_cast<double>(reference[j]) - state.reference.max);
     sum += e;
-    rest += e * (static_cast<double>(reference[j]) - model[j]);
+    rest += e * (static_cast<double>(reference[j]) - static_cast<double>(model[j]));
   }
   state.reference.sum += sum;
   state.weighted += rest;
@@ -329,6 +334,18 @@ const Kernels& kernels() {
                                     ? HWY_DYNAMIC_DISPATCH(table)()
                                     : plain_kernels();
   return chosen;
+}
+
+std::vector<Kernels> all_kernels() {
+  std::vector<Kernels> out{plain_kernels()};
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    out.push_back(HWY_DYNAMIC_DISPATCH(table)());
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  return out;
 }
 }  // namespace fireq::calib::simd
 #endif
