@@ -112,7 +112,7 @@ void check_quantized_linear(const QuantizedLinear& q) {
 void dequantize_rows(const QuantizedLinear& q, const ProductTable& table, std::uint64_t row_begin,
                      std::uint64_t count, std::span<float> out) {
   expand_rows<float>(q, row_begin, count, out, [&](std::uint64_t row, std::size_t sigma) {
-    std::array<float, 16> lookup;
+    std::array<float, 16> lookup{};
     const float r = q.row_scale(row);
     for (std::size_t i = 0; i < 8; ++i) {
       lookup[i] = r * table.value[sigma][i];
@@ -125,7 +125,7 @@ void dequantize_rows(const QuantizedLinear& q, const ProductTable& table, std::u
 void operand_rows(const QuantizedLinear& q, const ProductTable& table, std::uint64_t row_begin,
                   std::uint64_t count, std::span<float> out) {
   expand_rows<float>(q, row_begin, count, out, [&](std::uint64_t, std::size_t sigma) {
-    std::array<float, 16> lookup;
+    std::array<float, 16> lookup{};
     for (std::size_t i = 0; i < 8; ++i) {
       lookup[i] = table.value[sigma][i];
       lookup[i + 8] = -lookup[i];
@@ -137,7 +137,7 @@ void operand_rows(const QuantizedLinear& q, const ProductTable& table, std::uint
 void operand_bytes(const QuantizedLinear& q, const ProductTable& table, std::uint64_t row_begin,
                    std::uint64_t count, std::span<std::uint8_t> out) {
   expand_rows<std::uint8_t>(q, row_begin, count, out, [&](std::uint64_t, std::size_t sigma) {
-    std::array<std::uint8_t, 16> lookup;
+    std::array<std::uint8_t, 16> lookup{};
     for (std::size_t i = 0; i < 8; ++i) {
       lookup[i] = table.byte[sigma][i];
       lookup[i + 8] = static_cast<std::uint8_t>(table.byte[sigma][i] | 0x80U);

@@ -53,7 +53,7 @@ void encode_row_plain(const std::byte* row, const std::byte* /*next*/, std::size
                       const GroupTable* const* tables, std::uint8_t* out) {
   constexpr T kMagnitude = static_cast<T>(~T{0}) >> 1U;
   for (std::size_t begin = 0; begin < n; begin += kGroupSize, ++tables, out += kGroupSize / 2) {
-    std::array<T, 8> threshold;
+    std::array<T, 8> threshold{};
     if constexpr (sizeof(T) == 2) {
       threshold = (*tables)->threshold16;
     } else {

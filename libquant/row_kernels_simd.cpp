@@ -12,8 +12,7 @@
 #include "libquant/row_kernels.hpp"
 
 HWY_BEFORE_NAMESPACE();
-namespace fireq::libquant {
-namespace HWY_NAMESPACE {
+namespace fireq::libquant::HWY_NAMESPACE {
 #if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128 || !HWY_ARCH_X86
 
 const RowKernels* table() {
@@ -419,8 +418,7 @@ const RowKernels* table() {
 }
 
 #endif
-}  // namespace HWY_NAMESPACE
-}  // namespace fireq::libquant
+}  // namespace fireq::libquant::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
@@ -437,8 +435,8 @@ const RowKernels& kernels() noexcept {
   return set != nullptr ? *set : *HWY_DYNAMIC_DISPATCH(table)();
 }
 
-void use_kernels(const RowKernels* set) noexcept {
-  chosen.store(set, std::memory_order_relaxed);
+void use_kernels(const RowKernels* table) noexcept {
+  chosen.store(table, std::memory_order_relaxed);
 }
 
 std::vector<const RowKernels*> available_kernels() {

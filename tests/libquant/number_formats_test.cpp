@@ -31,7 +31,7 @@ struct Format {
   }
   double value(unsigned pattern) const {
     const int exponent = static_cast<int>(pattern >> mantissa_bits);
-    const double mantissa = static_cast<double>(pattern & ((1U << mantissa_bits) - 1U));
+    const auto mantissa = static_cast<double>(pattern & ((1U << mantissa_bits) - 1U));
     if (exponent == 0) return std::ldexp(mantissa, 1 - bias() - mantissa_bits);
     return std::ldexp(mantissa + std::ldexp(1.0, mantissa_bits), exponent - bias() - mantissa_bits);
   }

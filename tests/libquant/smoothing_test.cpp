@@ -166,7 +166,7 @@ KeySmoothing reference_keys(const std::vector<float>& r, const std::vector<float
     }
     for (const auto& [h, pair] : touched) {
       for (const std::uint64_t j : {pair, pair + dim / 2}) {
-        const double value = static_cast<double>(m[h * dim + j]);
+        const auto value = static_cast<double>(m[h * dim + j]);
         if (value > 0) k.s[h * dim + j] = static_cast<float>(std::pow(o.beta / value, o.s_exponent));
       }
     }
@@ -178,7 +178,7 @@ KeySmoothing reference_keys(const std::vector<float>& r, const std::vector<float
       double radius = 0;
       for (std::uint64_t other = 0; other < heads; ++other) {
         if (other != h && !o.shared_heads) continue;
-        off = off || touched.count({other, i}) != 0;
+        off = off || touched.contains({other, i});
         radius = std::max(radius, static_cast<double>(r[other * dim / 2 + i]));
       }
       if (off || radius == 0) continue;

@@ -61,7 +61,7 @@ QuantizedLinear random_linear(std::uint64_t rows, std::uint64_t cols, const Leve
   QuantizedLinear q = make_quantized_linear(rows, cols, levels, per_tensor);
   for (std::uint64_t n = 0; n < rows; ++n) {
     for (std::uint64_t k = 0; k < cols; ++k) {
-      unsigned code = static_cast<unsigned>(random_source()() % 16);
+      auto code = static_cast<unsigned>(random_source()() % 16);
       if (code == 8 && levels.magnitude[0] == 0.0F) code = 0;
       q.codes[n * q.padded_cols() / 2 + k / 2] |= static_cast<std::uint8_t>(code << (k % 2 * 4));
     }
