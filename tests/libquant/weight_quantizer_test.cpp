@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "libquant/group_table.hpp"
 #include "libquant/metrics.hpp"
 #include "libquant/number_formats.hpp"
 #include "libquant/quantized_linear.hpp"
@@ -225,6 +226,27 @@ TEST(WeightQuantizer, EqualsTheDefinitionCodeByCode) {
             expect_definition(w, options, importance, quantize(w, rows, cols, options, importance, r));
           }
           if (testing::Test::HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+// Where a rounded quotient would decide wrongly: the FP32 numbers next to every limit between two scales.
+TEST(WeightQuantizer, GroupScalesAreExactAtTheirLimits) {
+  std::uniform_real_distribution<float> uniform(1.0F, 2.0F);
+  for (int round = 0; round < 40; ++round) {
+    // r times a top level, as a double holds it; every fourth a power of two, so that ties are met.
+    const double unit = round % 4 == 0 ? std::ldexp(1.0, -round)
+                                       : std::ldexp(static_cast<double>(uniform(random_source())), -round) *
+                                             static_cast<double>(uniform(random_source()));
+    for (unsigned c = 1; c < 0x7e; ++c) {
+      const auto limit = static_cast<float>((sigma_value(c) + sigma_value(c + 1)) / 2 * Real{unit});
+      float amax = std::nextafter(std::nextafter(limit, 0.0F), 0.0F);
+      for (int step = 0; step < 5; ++step, amax = std::nextafter(amax, HUGE_VALF)) {
+        for (const std::uint8_t top : {std::uint8_t{0x66}, std::uint8_t{0x7e}}) {
+          ASSERT_EQ(group_scale_code(amax, unit, 1.0 / unit, top), reference_sigma(amax, unit, top))
+              << amax << " / " << unit;
         }
       }
     }
