@@ -324,6 +324,24 @@ struct Deleter {
 template <typename T, auto Free>
 using Owned = std::unique_ptr<T, Deleter<Free>>;
 
+// Limits and buffers of a match. One set for each thread and all patterns: there may be a search for every
+// word of a text, and making these takes longer than the search.
+struct MatchScratch {
+  Owned<pcre2_match_context, pcre2_match_context_free> context;
+  Owned<pcre2_match_data, pcre2_match_data_free> data;
+  Owned<pcre2_jit_stack, pcre2_jit_stack_free> stack;
+
+  MatchScratch()
+      : context(pcre2_match_context_create(nullptr)),
+        data(pcre2_match_data_create(1, nullptr)),
+        stack(pcre2_jit_stack_create(kJitStackFirst, kJitStackMost, nullptr)) {
+    if (!context || !data) throw std::bad_alloc();
+    pcre2_set_match_limit(context.get(), kMatchLimit);
+    pcre2_set_heap_limit(context.get(), kHeapLimitKiB);
+    if (stack) pcre2_jit_stack_assign(context.get(), nullptr, stack.get());  // none without a JIT
+  }
+};
+
 }  // namespace
 
 std::string translate_oniguruma(std::string_view pattern) {
@@ -361,26 +379,20 @@ Regex::Regex(Regex&&) noexcept = default;
 Regex& Regex::operator=(Regex&&) noexcept = default;
 
 void Regex::split(std::string_view text, std::vector<MatchSpan>& spans) const {
-  // Limits and scratch belong to one call, so that calls may run side by side.
-  const Owned<pcre2_match_context, pcre2_match_context_free> context(pcre2_match_context_create(nullptr));
-  const Owned<pcre2_match_data, pcre2_match_data_free> data(pcre2_match_data_create(1, nullptr));
-  const Owned<pcre2_jit_stack, pcre2_jit_stack_free> stack(
-      pcre2_jit_stack_create(kJitStackFirst, kJitStackMost, nullptr));
-  if (!context || !data || !stack) throw std::bad_alloc();
-  pcre2_set_match_limit(context.get(), kMatchLimit);
-  pcre2_set_heap_limit(context.get(), kHeapLimitKiB);
-  pcre2_jit_stack_assign(context.get(), nullptr, stack.get());
+  thread_local const MatchScratch scratch;
+  pcre2_match_context* context = scratch.context.get();
+  pcre2_match_data* data = scratch.data.get();
 
   const auto* subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-  const PCRE2_SIZE* pair = pcre2_get_ovector_pointer(data.get());
+  const PCRE2_SIZE* pair = pcre2_get_ovector_pointer(data);
   std::size_t from = 0;     // where the next search begins
   std::size_t covered = 0;  // end of the last stretch
   bool any = false;
   std::size_t last_end = 0;
   while (from <= text.size()) {
     // The text was checked once; checking it again for each match would be quadratic.
-    const int code = pcre2_match(compiled_->code.get(), subject, text.size(), from, PCRE2_NO_UTF_CHECK,
-                                 data.get(), context.get());
+    const int code =
+        pcre2_match(compiled_->code.get(), subject, text.size(), from, PCRE2_NO_UTF_CHECK, data, context);
     if (code == PCRE2_ERROR_NOMATCH) break;
     if (code < 0) {
       throw Error(ErrorKind::input,

@@ -7,7 +7,7 @@ if(FIREQ_WITH_TOKENIZERS)
   fireq_library(fireq_tokenizers
     SOURCES tokenizer.cpp tokenizer_json.cpp tokenizer_added.cpp tokenizer_normalizer.cpp tokenizer_pretokenizer.cpp
             tokenizer_bpe.cpp tokenizer_decoder.cpp tokenizer_regex.cpp tokenizer_sentencepiece.cpp
-            tokenizer_sentencepiece_model.cpp unicode_classes.cpp
+            tokenizer_sentencepiece_model.cpp unicode_classes.cpp chat.cpp
     PUBLIC fireq_common fireq_formats
     PRIVATE nlohmann_json::nlohmann_json PkgConfig::PCRE2 PkgConfig::UTF8PROC PkgConfig::SENTENCEPIECE)
 endif()

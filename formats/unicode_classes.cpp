@@ -47,8 +47,9 @@ bool is_punctuation(char32_t c) noexcept {
          k == UTF8PROC_CATEGORY_PO;
 }
 
-bool is_mark_nonspacing(char32_t c) noexcept {
-  return category(c) == UTF8PROC_CATEGORY_MN;
+bool is_mark(char32_t c) noexcept {
+  const auto k = category(c);
+  return k == UTF8PROC_CATEGORY_MN || k == UTF8PROC_CATEGORY_MC || k == UTF8PROC_CATEGORY_ME;
 }
 
 bool is_word(char32_t c) noexcept {
