@@ -44,7 +44,8 @@ __device__ __forceinline__ void mbarrier_arrive_if(std::uint32_t bar, bool condi
 __device__ __forceinline__ void mbarrier_arrive_cluster_if(std::uint32_t bar, std::uint32_t rank,
                                                            bool condition) {
   asm volatile(
-      "{\n .reg .pred p;\n .reg .b32 remote;\n setp.ne.u32 p, %2, 0;\n @p mapa.shared::cluster.u32 remote, %0, "
+      "{\n .reg .pred p;\n .reg .b32 remote;\n setp.ne.u32 p, %2, 0;\n @p mapa.shared::cluster.u32 remote, "
+      "%0, "
       "%1;\n"
       " @p mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
       "r"(rank), "r"(static_cast<std::uint32_t>(condition))
