@@ -3,8 +3,10 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <random>
 #include <stdexcept>
 
@@ -91,6 +93,36 @@ unsigned sm_clock_mhz() {
       reinterpret_cast<ClockInfo>(dlsym(dlopen("libnvidia-ml.so.1", RTLD_NOW), "nvmlDeviceGetClockInfo"));
   unsigned mhz = 0;
   return clock != nullptr && clock(device, 1, &mhz) == 0 ? mhz : 0;  // 1: the SM clock
+}
+
+std::string describe_profile(const std::vector<CtaProfile>& before, const std::vector<CtaProfile>& last) {
+  static constexpr std::array<const char*, static_cast<std::size_t>(Stamp::count)> kStamps{
+      "started", "ready", "weights", "tokens", "multiplied", "stored", "reduced"};
+  std::uint64_t end = 0;
+  for (const CtaProfile& c : before) end = std::max(end, c.at[static_cast<int>(Stamp::reduced)]);
+  std::string line;
+  double ctas = 0;
+  for (const CtaProfile& c : last) ctas += c.at[0] != 0 ? 1 : 0;
+  char text[96];
+  for (std::size_t s = 0; s < kStamps.size(); ++s) {
+    double sum = 0, least = 1e30, most = -1e30;
+    for (const CtaProfile& c : last) {
+      if (c.at[0] == 0 || c.at[s] == 0) continue;
+      const double us = (static_cast<double>(c.at[s]) - static_cast<double>(end)) * 1e-3;
+      sum += us;
+      least = std::min(least, us);
+      most = std::max(most, us);
+    }
+    std::snprintf(text, sizeof(text), " %s %.1f/%.1f/%.1f", kStamps[s], least, sum / ctas, most);
+    line += text;
+  }
+  for (int w = 0; w < static_cast<int>(Waited::count); ++w) {
+    double sum = 0;
+    for (const CtaProfile& c : last) sum += static_cast<double>(c.waited[w]);
+    std::snprintf(text, sizeof(text), " wait%d %.0f", w, sum / ctas);
+    line += text;
+  }
+  return line;
 }
 
 Chain::Chain(int launches, const std::function<void(int, cudaStream_t)>& body) : launches_(launches) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/profile.hpp"
 #include "tests/kernels/device_memory.hpp"
 
 namespace fireq::kernels::bench {
@@ -32,6 +33,10 @@ struct Timing {
   double spread = 0;        // (90th - 10th percentile) / median
   unsigned clock_mhz = 0;
 };
+
+// One line: means over the CTAs of the times of the last launch of a chain, in microseconds after the launch
+// before it ended, and the cycles that its first consumer waited.
+std::string describe_profile(const std::vector<CtaProfile>& before, const std::vector<CtaProfile>& last);
 
 // A captured chain of launches, replayed and timed as a whole.
 class Chain {
