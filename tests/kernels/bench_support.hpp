@@ -67,7 +67,10 @@ class CublasGemm {
   CublasGemm(const CublasGemm&) = delete;
   CublasGemm& operator=(const CublasGemm&) = delete;
   int algorithms() const { return static_cast<int>(found_.size()); }
-  void run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream);
+  // With `addend` (bf16 like D) it is added.
+  void run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream,
+           const void* addend = nullptr);
+  int fastest(const void* w, const void* x, void* d);  // the algorithm, by a short trial of each
 
  private:
   cublasLtHandle_t handle_ = nullptr;
