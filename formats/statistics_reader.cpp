@@ -32,7 +32,8 @@ class Reader {
         H5Pset_file_image(access.get(), const_cast<std::byte*>(image.data()), image.size()) < 0) {
       throw Error(ErrorKind::environment, "HDF5 cannot take the file").path(path_).found(hdf5_reason());
     }
-    const Hdf5Handle file(H5Fopen(path_.c_str(), H5F_ACC_RDONLY, access.get()), H5Fclose);
+    // The library refuses an image whose name is that of a file; nothing can lie below a regular file.
+    const Hdf5Handle file(H5Fopen((path_ + "/image").c_str(), H5F_ACC_RDONLY, access.get()), H5Fclose);
     if (!file.valid()) throw broken("/", "not a readable HDF5 file");
     expect_links(file.get(), "/", 2);
     CalibrationStatistics statistics;
