@@ -51,11 +51,13 @@ class Writer {
     const Hdf5Handle access = checked(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "access options");
     // No times, so that equal statistics are equal bytes; links inside the groups' headers, which is smaller
     // and simpler than the index HDF5 would build from 9 links on; one fixed format for all library versions.
+    // That of 1.8: a newer one marks the file as open for writing, and H5Fget_file_image clears the mark
+    // without renewing the checksum over it.
     for (const hid_t options : {group_options_.get(), file_options.get()}) {
       check(H5Pset_obj_track_times(options, false), "times");
       check(H5Pset_link_phase_change(options, 65535, 65535), "links");
     }
-    check(H5Pset_libver_bounds(access.get(), H5F_LIBVER_V110, H5F_LIBVER_V110), "format");
+    check(H5Pset_libver_bounds(access.get(), H5F_LIBVER_V18, H5F_LIBVER_V18), "format");
     check(H5Pset_fapl_core(access.get(), kGrow, false), "memory image");
     const Hdf5Handle file = checked(
         H5Fcreate("fireq-statistics", H5F_ACC_TRUNC, file_options.get(), access.get()), H5Fclose, "file");
