@@ -31,7 +31,8 @@ json parse_config(std::string_view text, const std::string& path) {
 
 // A key of a later version may change the meaning of the others, so unknown ones are refused by name.
 void refuse_unknown(const JsonFields& fields, std::initializer_list<const char*> known) {
-  for (const auto& [key, value] : fields.value().items()) {
+  for (const auto& item : fields.value().items()) {
+    const std::string& key = item.key();
     const bool found = std::any_of(known.begin(), known.end(), [&](const char* k) { return key == k; });
     if (!found) fields.fail(key, "is unknown", {}, "the folder was made by a newer version of this program");
   }

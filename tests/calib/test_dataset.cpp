@@ -150,7 +150,9 @@ TEST(Windows, CalibrationDrawsWithoutRepetitionInTextOrder) {
       const std::int32_t first = w.ids[i * 16];
       EXPECT_EQ((first - 100) % 16, 0);
       for (std::int32_t j = 1; j < 16; ++j) EXPECT_EQ(w.ids[i * 16 + static_cast<std::size_t>(j)], first + j);
-      if (i > 0) EXPECT_GT(first, w.ids[(i - 1) * 16]);
+      if (i > 0) {
+        EXPECT_GT(first, w.ids[(i - 1) * 16]);
+      }
     }
     drawn.insert(w.ids);
     EXPECT_EQ(w.ids, make_calibration_windows(ids, 16, 10, seed, Bos::none, {}, silent).ids);

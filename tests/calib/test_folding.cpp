@@ -114,7 +114,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"qwen2", {.model_type = "qwen2", .seed = 4}},
                     Case{"qwen3", {.model_type = "qwen3", .head_dim = 16, .seed = 5}},
                     Case{"mistral", {.model_type = "mistral", .sliding_window = 9, .seed = 6}}),
-    [](const auto& info) { return info.param.name; });
+    [](const auto& instance) { return std::string(instance.param.name); });
 
 // What the folds do, not only what they keep: after N every pair's largest radius is alpha, after S every
 // touched channel's is beta.
@@ -159,7 +159,7 @@ TEST(Folding, NormalisesKeysToTheConstants) {
 
 TEST(Folding, RefusesStatisticsOfAnotherShape) {
   const TemporaryFolder folder("folding-shape");
-  write_random_model(folder.path(), {});
+  write_random_model(folder.path(), RandomModel{});
   const auto source = open_weights(folder.path().string());
   Progress silent;
   auto statistics = calibrate(*source, Windows{random_ids(32, 96, 1), 1, 32}, 1, silent);
