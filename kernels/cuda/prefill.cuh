@@ -177,19 +177,13 @@ template <class Traits, Variant kVariant>
 class PrefillConsumer {
  public:
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& p, const CUtensorMap* out_map,
-                                             const PrefillShared<Traits>& shared, std::uint32_t worker,
-                                             std::uint32_t warp, std::uint32_t lane)
-      : p_(p),
-        out_map_(out_map),
-        shared_(shared),
-        worker_(worker),
-        group_(warp / 4),
-        warp_(warp % 4),
-        lane_(lane) {}
+                                             const PrefillShared<Traits>& shared, std::uint32_t warp,
+                                             std::uint32_t lane)
+      : p_(p), out_map_(out_map), shared_(shared), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     ptx::wait_for_previous_kernel();  // token scales and residual are its results
-    SegmentWalk walk(p_.plan, worker_);
+    SegmentWalk walk(p_.plan, worker());
     Segment segment;
     float acc[Traits::kAccumulators];
     while (walk.next(segment)) {
@@ -204,7 +198,7 @@ class PrefillConsumer {
       staging_free_ = false;
       for (std::uint32_t g = segment.begin; g < segment.end; g += p_.chunk) {
         const std::uint32_t stop = min(g + p_.chunk, segment.end);
-        multiply(g, stop, row, place.token_tile, acc, watch);
+        multiply(g, __shfl_sync(0xffffffffU, stop - g, 0), row, place.token_tile, acc, watch);
         watch.begin_wait();
         if (g != segment.begin) add_partial(acc);
         if (stop != segment.end) store_partial(acc);
@@ -216,7 +210,7 @@ class PrefillConsumer {
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
       } else {
-        uint4* slot = partial(worker_, segment.block);
+        uint4* slot = partial(worker(), segment.block);
 #pragma unroll
         for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
       }
@@ -232,6 +226,10 @@ class PrefillConsumer {
   static constexpr std::uint32_t kScales = Traits::kTokens / 32;
   static constexpr std::uint32_t kPieces = Traits::kTokens / 16;  // of 64 rows x 16 tokens
 
+  // Asked for again rather than kept: it would cost a register that the accumulators need.
+  __device__ __forceinline__ std::uint32_t worker() const {
+    return blockIdx.x / kPrefillCluster;
+  }
   __device__ __forceinline__ bool first_thread() const {
     return warp_ == 0 && lane_ == 0;
   }
@@ -255,7 +253,7 @@ class PrefillConsumer {
     staging_free_ = true;
   }
 
-  __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t stop, std::uint32_t row,
+  __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t count, std::uint32_t row,
                                            std::uint32_t token_tile, float (&acc)[Traits::kAccumulators],
                                            Stopwatch<kVariant == Variant::profile>& watch) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
@@ -263,23 +261,24 @@ class PrefillConsumer {
 #pragma unroll
     for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
     pin(acc);
-    for (std::uint32_t g = start; g < stop; ++g) {
+    for (std::uint32_t i = 0; i < count; ++i) {
       watch.begin_wait();
       ptx::mbarrier_wait(shared_.full(ring_.index), ring_.parity);
       watch.end_wait(Waited::weights);
       watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
-      const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(ring_.index));
+      const std::uint64_t descriptor =
+          wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
 #pragma unroll
       for (std::uint32_t s = 0; s < 4; ++s) {
         wgmma_wait<3>();  // the multiply that read a[s] last is done
-        if (s == 3) release(ring_.previous(), g != start);
+        if (s == 3) release(ring_.previous(), i != 0);
         fragment.expand(s, a[s]);
         pin(a[s]);
         if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
-            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, g, s, lane_, a[s]);
+            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start + i, s, lane_, a[s]);
         wgmma_fence();
         Wgmma<Traits::kTokens>::multiply(acc, a[s], descriptor + 2 * s);
         wgmma_commit();
@@ -443,7 +442,7 @@ class PrefillConsumer {
   }
   // Sums and stores this worker's pieces of the blocks that it shares.
   __device__ __forceinline__ void reduce() const {
-    SegmentWalk walk(p_.plan, worker_);
+    SegmentWalk walk(p_.plan, worker());
     Segment segment;
     while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
@@ -454,7 +453,7 @@ class PrefillConsumer {
       const std::uint32_t row = first_row(tile) + 16 * warp_;
       const RowTerms terms(p_.output, row + lane_ / 4);
       for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
-        if ((group_ * kPieces + piece) % workers != worker_ - first) continue;
+        if ((group_ * kPieces + piece) % workers != worker() - first) continue;
         const std::uint32_t first_token = place.token_tile * Traits::kTokens + 16 * piece;
         float a[4];
 #pragma unroll
@@ -488,7 +487,7 @@ class PrefillConsumer {
   const PrefillParams& p_;
   const CUtensorMap* out_map_;
   const PrefillShared<Traits>& shared_;
-  std::uint32_t worker_, group_, warp_, lane_;
+  std::uint32_t group_, warp_, lane_;
   bool staging_free_ = false;
   RingPosition<Traits::kStages> ring_;
 };
@@ -499,7 +498,6 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
                    const __grid_constant__ PrefillParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const std::uint32_t warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
-  const std::uint32_t lane = ptx::lane_index();
   const PrefillShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
                                      ptx::cluster_rank()};
   const std::uint32_t worker = blockIdx.x / kPrefillCluster;
@@ -511,7 +509,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     ptx::cluster_sync();
     ptx::registers_increase<232>();
     watch.stamp(Stamp::ready);
-    PrefillConsumer<Traits, kVariant>(p, &out_map, shared, worker, warp, lane).run(watch);
+    const std::uint32_t again = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);  // not kept: see worker()
+    PrefillConsumer<Traits, kVariant>(p, &out_map, shared, again, ptx::lane_index()).run(watch);
     if (threadIdx.x == 0) watch.write(p.profile);
   } else {
     const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
