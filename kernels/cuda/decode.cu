@@ -10,16 +10,20 @@ namespace fireq::kernels {
 namespace {
 
 // Ring depths fill the half of shared memory that a CTA may use.
-template <std::uint32_t kTokens, std::uint32_t kCluster>
+template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages,
+          std::uint32_t kCluster, bool kAhead>
+using Depths =
+    DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kCluster, kWeightStages, kTokenStages, kAhead>;
+template <std::uint32_t kTokens, std::uint32_t kCluster, bool kAhead>
 struct Choice;
-template <std::uint32_t kCluster>
-struct Choice<8, kCluster> : DecodeTraits<8, decode_groups_per_unit(8), kCluster, 6, 5> {};
-template <std::uint32_t kCluster>
-struct Choice<16, kCluster> : DecodeTraits<16, decode_groups_per_unit(16), kCluster, 5, 5> {};
-template <std::uint32_t kCluster>
-struct Choice<32, kCluster> : DecodeTraits<32, decode_groups_per_unit(32), kCluster, 8, 8> {};
-template <std::uint32_t kCluster>
-struct Choice<64, kCluster> : DecodeTraits<64, decode_groups_per_unit(64), kCluster, 5, 4> {};
+template <std::uint32_t kCluster, bool kAhead>
+struct Choice<8, kCluster, kAhead> : Depths<8, 6, 5, kCluster, kAhead> {};
+template <std::uint32_t kCluster, bool kAhead>
+struct Choice<16, kCluster, kAhead> : Depths<16, 5, 5, kCluster, kAhead> {};
+template <std::uint32_t kCluster, bool kAhead>
+struct Choice<32, kCluster, kAhead> : Depths<32, 8, 8, kCluster, kAhead> {};
+template <std::uint32_t kCluster, bool kAhead>
+struct Choice<64, kCluster, kAhead> : Depths<64, 5, 4, kCluster, kAhead> {};
 
 template <class Traits>
 void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
@@ -64,9 +68,11 @@ template <std::uint32_t kTokens>
 void launch_tokens(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                    const GemmOptions& options) {
   if (config.cluster == 2)
-    launch_traits<Choice<kTokens, 2>>(problem, config, multiprocessors, options);
+    launch_traits<Choice<kTokens, 2, true>>(problem, config, multiprocessors, options);
+  else if (config.ahead)
+    launch_traits<Choice<kTokens, 1, true>>(problem, config, multiprocessors, options);
   else
-    launch_traits<Choice<kTokens, 1>>(problem, config, multiprocessors, options);
+    launch_traits<Choice<kTokens, 1, false>>(problem, config, multiprocessors, options);
 }
 
 }  // namespace

@@ -52,8 +52,9 @@ struct DecodeParams {
 };
 
 template <std::uint32_t kTokens_, std::uint32_t kGroups_, std::uint32_t kCluster_,
-          std::uint32_t kWeightStages_, std::uint32_t kTokenStages_>
+          std::uint32_t kWeightStages_, std::uint32_t kTokenStages_, bool kAhead_>
 struct DecodeTraits {
+  static constexpr bool kAhead = kAhead_;             // load codes while those before are expanded
   static constexpr std::uint32_t kTokens = kTokens_;  // columns of the multiply
   static constexpr std::uint32_t kGroups = kGroups_;  // K groups a pipeline stage
   static constexpr std::uint32_t kCluster = kCluster_;
@@ -146,6 +147,10 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
     }
   }
   if (ahead <= Traits::kWeightStages) sync_at_start<Traits>();
+  if constexpr (Traits::kAhead) {  // an empty stage, so that consumers need not ask whether one follows
+    ptx::mbarrier_wait(shared.weight_empty(ring.index), ring.parity ^ 1U);
+    ptx::mbarrier_arrive_if(shared.weight_full(ring.index), ptx::elect_one());
+  }
 }
 
 template <class Traits>
@@ -212,6 +217,13 @@ class DecodeConsumer {
         lane_(lane) {}
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
+    if constexpr (Traits::kAhead) {
+      wait_for_weights(watch);
+      const std::uint32_t from = half_of(0);
+      const std::uint32_t sigma = next_.load_first(from, warp_, lane_);
+      next_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
+      if (Traits::kGroups == 1) release_weights(0);
+    }
     SegmentWalk walk(p_.plan, worker_);
     Segment segment;
     while (walk.next(segment)) {
@@ -257,6 +269,20 @@ class DecodeConsumer {
     store_block(p_.output, row, 8 * j, lane_, v);
   }
 
+  __device__ __forceinline__ std::uint32_t half_of(std::uint32_t stage) const {
+    return shared_.weights(stage) + group_ * kHalfBytes;
+  }
+  __device__ __forceinline__ void wait_for_weights(Stopwatch<kVariant == Variant::profile>& watch) const {
+    watch.begin_wait();
+    ptx::mbarrier_wait(shared_.weight_full(weights_.index), weights_.parity);
+    watch.end_wait(Waited::weights);
+    watch.stamp_once(Stamp::first_weights);
+  }
+  __device__ __forceinline__ void release_weights(std::uint32_t stage) const {
+    __syncwarp();
+    ptx::mbarrier_arrive_if(shared_.weight_empty(stage), lane_ == 0);
+  }
+
   // acc = sum over the segment's K of w8 x8^T.
   __device__ __forceinline__ void multiply(const Segment& segment, std::uint32_t tile,
                                            float (&acc)[Traits::kAccumulators],
@@ -276,27 +302,39 @@ class DecodeConsumer {
       for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
       pin(acc);
       for (; unit < stop; ++unit) {
-        watch.begin_wait();
-        ptx::mbarrier_wait(shared_.weight_full(weights_.index), weights_.parity);
-        watch.end_wait(Waited::weights);
-        watch.stamp_once(Stamp::first_weights);
-        const std::uint32_t half = shared_.weights(weights_.index) + group_ * kHalfBytes;
-        WeightFragment fragment[Traits::kGroups];
+        WeightFragment fragment[Traits::kAhead ? 1 : Traits::kGroups];
+        if constexpr (!Traits::kAhead) {
+          wait_for_weights(watch);
+          const std::uint32_t half = half_of(weights_.index);
 #pragma unroll
-        for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg)
-          fragment[kg].load(half + kg * kTileBytes, table, warp_, lane_);
-        __syncwarp();
-        ptx::mbarrier_arrive_if(shared_.weight_empty(weights_.index), lane_ == 0);
-        weights_.advance();
+          for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg)
+            fragment[kg].load(half + kg * kTileBytes, table, warp_, lane_);
+          release_weights(weights_.index);
+          weights_.advance();
+        }
         const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(tokens_.index));
 #pragma unroll
         for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg) {
+          WeightFragment& codes = Traits::kAhead ? next_ : fragment[Traits::kAhead ? 0 : kg];
+          std::uint32_t sigma = 0;
 #pragma unroll
           for (std::uint32_t s = 0; s < 4; ++s) {
             wgmma_wait<3>();  // the multiply that read a[s] last is done
             if (kg == 0 && s == 3) release_tokens(tokens_.previous(), unit != start);
-            fragment[kg].expand(s, a[s]);
+            codes.expand(s, a[s]);
             pin(a[s]);
+            if constexpr (Traits::kAhead) {
+              if (kg + 1 == Traits::kGroups && s == 1) {
+                weights_.advance();
+                wait_for_weights(watch);
+              }
+              const std::uint32_t from = half_of(weights_.index) + (kg + 1) % Traits::kGroups * kTileBytes;
+              if (s == 1) sigma = next_.load_first(from, warp_, lane_);
+              if (s == 3) {
+                next_.load_second(from, table, sigma, warp_, lane_);
+                if ((kg + 2) % Traits::kGroups == 0) release_weights(weights_.index);
+              }
+            }
             if constexpr (kVariant == Variant::dump)
               if (tile < p_.row_tiles)
                 dump_fragment(p_.dump, p_.output.rows, p_.groups, first_row(tile),
@@ -399,6 +437,7 @@ class DecodeConsumer {
   const DecodeShared<Traits>& shared_;
   const float* scales_;
   std::uint32_t worker_, group_, warp_, lane_;
+  WeightFragment next_;
   RingPosition<Traits::kWeightStages> weights_;
   RingPosition<Traits::kTokenStages> tokens_;
 };
