@@ -57,8 +57,6 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
         all.push_back({Route::decode, tile, 1});
         all.push_back({Route::decode, tile, 1, 1, true, false});
         all.push_back({Route::decode, tile, 1, 2});
-        if (tile >= 16) all.push_back({Route::decode, tile, 2});
-        if (tile >= 32) all.push_back({Route::decode, tile, 2, 2});
       }
     }
     for (const std::uint32_t tile : kPrefillTiles) {
@@ -83,8 +81,6 @@ GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint6
   }
   if (tokens <= kDecodeTokens) {
     const std::uint32_t tile = decode_tile(tokens);
-    if (tile >= 32)
-      return {{Route::decode, tile, 2}, "decode; pairs of CTAs share their tokens from 17 tokens on"};
     return {{Route::decode, tile, 1}, "decode"};
   }
   if (tokens <= 128) return {{Route::prefill, 128, 2}, "one tile of 128 tokens"};

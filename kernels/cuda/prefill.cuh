@@ -210,7 +210,8 @@ class PrefillConsumer {
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
       } else {
-        uint4* slot = partial(worker(), segment.block);
+        const ExchangeSlots slots = slots_of(segment.block);
+        uint4* slot = slots.of(worker() - slots.first);
 #pragma unroll
         for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
       }
@@ -435,51 +436,52 @@ class PrefillConsumer {
     }
   }
 
-  __device__ __forceinline__ uint4* partial(std::uint32_t worker, std::uint32_t block) const {
-    const std::uint64_t cta = static_cast<std::uint64_t>(worker) * kPrefillCluster + shared_.rank;
-    const std::uint64_t slot = (cta * 2 + partial_slot(p_.plan, worker, block)) * 2 + group_;
-    return p_.workspace + slot * (128 * kPieces) + 32 * warp_ + lane_;
+  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
+    // A worker's place holds both CTAs' tiles, two warpgroups each.
+    const std::uint32_t part = shared_.rank * 2 + group_;
+    return ExchangeSlots(p_.plan, block, p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
+                         2 * kPrefillCluster * 128 * kPieces);
   }
   // Sums and stores this worker's pieces of the blocks that it shares.
-  __device__ __forceinline__ void reduce() const {
+  __device__ __forceinline__ void reduce() {
     SegmentWalk walk(p_.plan, worker());
     Segment segment;
+    staging_free_ = false;
     while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
       const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
       if ((segment.begin == 0 && segment.end == p_.plan.units) || tile >= p_.row_tiles) continue;
-      const std::uint32_t first = p_.plan.first_worker(segment.block);
-      const std::uint32_t workers = p_.plan.last_worker(segment.block) - first + 1;
+      claim_staging();
       const std::uint32_t row = first_row(tile) + 16 * warp_;
       const RowTerms terms(p_.output, row + lane_ / 4);
-      for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
-        if ((group_ * kPieces + piece) % workers != worker() - first) continue;
-        const std::uint32_t first_token = place.token_tile * Traits::kTokens + 16 * piece;
-        float a[4];
+      const ExchangeSlots slots = slots_of(segment.block);
+      const std::uint32_t mine =
+          (worker() - slots.first + slots.workers - group_ * kPieces % slots.workers) % slots.workers;
+      if (mine >= kPieces) continue;
+      const std::uint32_t count = (kPieces - mine + slots.workers - 1) / slots.workers;
+      // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece.
+      const std::uint32_t sums = staging() + 16 * (32 * warp_ + lane_);
+      float sum[8] = {};
+      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
+        add(v, sum);
+        if (!last) return;
+        ptx::store_shared_16(sums + 4096 * i, as_words(sum));
+        ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
 #pragma unroll
-        for (std::uint32_t i = 0; i < 4; ++i)
-          a[i] = token_scale(first_token + 8 * (i / 2) + 2 * (lane_ % 4) + i % 2);
-        float sum[8] = {};
-        constexpr std::uint32_t kSlots = 8;
-        for (std::uint32_t c = 0; c < workers; c += kSlots) {
-          uint4* slot[kSlots];
-#pragma unroll
-          for (std::uint32_t i = 0; i < kSlots; ++i)
-            slot[i] = partial(first + min(c + i, workers - 1), segment.block) + 128 * piece;
-          uint4 v[kSlots];
-          collect(slot, workers - c, v);
-#pragma unroll
-          for (std::uint32_t i = 0; i < kSlots; ++i)
-            if (c + i < workers) add(v[i], sum);
-        }
-        __syncwarp();
-#pragma unroll
-        for (std::uint32_t b = 0; b < 2; ++b) {
-          float v[4] = {sum[4 * b], sum[4 * b + 1], sum[4 * b + 2], sum[4 * b + 3]};
-          const std::uint32_t token = first_token + 8 * b;
-          finish_block(p_.output, terms, row + lane_ / 4, token + 2 * (lane_ % 4), a[2 * b], a[2 * b + 1], v);
-          store_block(p_.output, row, token, lane_, v);
-        }
+        for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
+      });
+      __syncwarp();
+#pragma unroll 1
+      for (std::uint32_t i = 0; i < 2 * count; ++i) {
+        const std::uint32_t token =
+            place.token_tile * Traits::kTokens + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
+        const std::uint32_t own = token + 2 * (lane_ % 4);
+        const float a0 = token_scale(own);
+        const float a1 = token_scale(own + 1);
+        const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+        float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
+        finish_block(p_.output, terms, row + lane_ / 4, own, a0, a1, v);
+        store_block(p_.output, row, token, lane_, v);
       }
     }
   }
@@ -504,33 +506,35 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   Stopwatch<kVariant == Variant::profile> watch;
   watch.stamp(Stamp::started);
   ptx::launch_next_kernel();
-  if (warp < 8) {
+  const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
+  if (warp == 8) {
+    if (ptx::elect_one()) {
+      for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
+        ptx::mbarrier_init(shared.full(i), 1);
+        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
+      }
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
+    producer.fetch_first_weights();
+  } else if (warp == 9) {
+    if (ptx::elect_one()) {
+      ptx::tensor_prefetch(&token_map);
+      ptx::tensor_prefetch(&out_map);
+    }
+    __syncwarp();
+  } else if (warp < 8) {
     build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
-    ptx::cluster_sync();
+  }
+  __syncthreads();      // the table
+  ptx::cluster_sync();  // the other CTA's barriers
+  watch.stamp(Stamp::ready);
+  if (warp < 8) {
     ptx::registers_increase<232>();
-    watch.stamp(Stamp::ready);
     const std::uint32_t again = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);  // not kept: see worker()
     PrefillConsumer<Traits, kVariant>(p, &out_map, shared, again, ptx::lane_index()).run(watch);
     if (threadIdx.x == 0) watch.write(p.profile);
   } else {
-    const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
-    if (warp == 8) {
-      if (ptx::elect_one()) {
-        for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
-          ptx::mbarrier_init(shared.full(i), 1);
-          ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
-        }
-        ptx::mbarrier_init_fence();
-      }
-      __syncwarp();
-      producer.fetch_first_weights();
-      if (ptx::elect_one()) {
-        ptx::tensor_prefetch(&token_map);
-        ptx::tensor_prefetch(&out_map);
-      }
-      __syncwarp();
-    }
-    ptx::cluster_sync();
     ptx::registers_decrease<40>();
     if (warp == 8) producer.run();
   }
