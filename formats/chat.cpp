@@ -1,6 +1,7 @@
 // Chat templates: the families known are recognised from markers in the template's text, and rendered as
 // their documentation says. No Jinja is run; of the [INST] family, whose members differ by a space here and
 // there, the strings that the template adds up are read from it.
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -166,16 +167,24 @@ Sum read_sum(std::string_view source) {
   return sum;
 }
 
+// Takes a line break off the front: an escaped one, as most templates write it, or a real one.
+bool take_newline(std::string_view& source) {
+  for (const std::string_view newline : {"\\n", "\n"}) {
+    if (!source.starts_with(newline)) continue;
+    source.remove_prefix(newline.size());
+    return true;
+  }
+  return false;
+}
+
 // The system prompt that a ChatML template writes when the conversation has none: the literal that follows
-// "<|im_start|>system\n" in it (an escaped newline in the Jinja source), up to its "<|im_end|>".
+// "<|im_start|>system" and a line break in it, up to its "<|im_end|>".
 std::string default_system(std::string_view source) {
-  static constexpr std::string_view kBegin = "<|im_start|>system\\n";
-  static constexpr std::string_view kEnd = "<|im_end|>";
+  static constexpr std::string_view kBegin = "<|im_start|>system";
   for (std::size_t at = source.find(kBegin); at != std::string_view::npos; at = source.find(kBegin, at + 1)) {
-    const std::size_t begin = at + kBegin.size();
-    const std::size_t end = source.find(kEnd, begin);
-    if (end == std::string_view::npos) break;
-    const std::string_view text = source.substr(begin, end - begin);
+    std::string_view text = source.substr(at + kBegin.size());
+    if (!take_newline(text)) continue;
+    text = text.substr(0, text.find("<|im_end|>"));
     // A closing quote or a brace means that the text is put together from variables there.
     const char quote = at > 0 ? source[at - 1] : '\'';
     if (text.empty() || has(text, std::string_view(&quote, 1)) ||
@@ -213,7 +222,10 @@ std::string chatml(const Tokenizer& tokenizer, Messages messages) {
 // Llama 3.1 and later begin with a system turn that tells dates. "Today" is the date that stands in the
 // template, which Llama 3.2 takes only where it cannot ask for the day: a prompt must not depend on the day.
 std::string llama3_dates(std::string_view source) {
-  if (!has(source, "Cutting Knowledge Date: December 2023\\n")) refuse("another knowledge date");
+  static constexpr std::string_view kKnowledge = "Cutting Knowledge Date: December 2023";
+  std::string_view rest = source.substr(std::min(source.find(kKnowledge), source.size()));
+  rest.remove_prefix(std::min(rest.size(), kKnowledge.size()));
+  if (!take_newline(rest)) refuse("another knowledge date");
   static constexpr std::string_view kDate = "date_string = \"";
   const std::size_t at = source.find(kDate);
   const std::size_t end = at == std::string_view::npos ? at : source.find('"', at + kDate.size());

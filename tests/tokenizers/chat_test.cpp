@@ -174,6 +174,9 @@ TEST(Chat, TheSystemPromptOfTheTemplateIsUsedWhenThereIsNoOther) {
       "<|im_start|>user\nHi!\n<|im_end|>\n<|im_start|>assistant\n");
   for (const std::string_view source : {kSmolLm2, kQwen25})
     EXPECT_EQ(render(source, kSystem), render(kChatMl, kSystem));
+  // Some files write a real line break instead of \n.
+  for (const std::string_view source : {kSmolLm2, kQwen25, kChatMl, kLlama31, kLlama2, kMistral3})
+    EXPECT_EQ(render(replaced(source, "\\n", "\n"), kUser), render(source, kUser));
   const std::string quoted = "{{ \"<|im_start|>system\\nDon't \\\"hurry\\\".\\nPlease.<|im_end|>\\n\" }}";
   EXPECT_EQ(render(replaced(quoted, "\\\"hurry\\\"", "hurry"), kUser),
             "<|im_start|>system\nDon't hurry.\nPlease.<|im_end|>\n" + render(kChatMl, kUser));
