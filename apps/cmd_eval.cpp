@@ -108,6 +108,7 @@ int run(const Arguments& a) {
                          {"ctx", ctx},
                          {"bos", bos_name},
                          {"seconds", result.seconds},
+                         {"cpu_seconds", result.cpu_seconds},
                          {"precision", precision_json(options.precision, tested.packed())}};
   if (result.kl_mean) {
     json["kl_mean"] = *result.kl_mean;

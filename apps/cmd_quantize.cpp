@@ -41,9 +41,13 @@ calib::Recipe recipe_of(const Arguments& a) {
 
 void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::QuantizeOptions& options,
                  Progress& progress) {
-  const bool needed = options.recipe.needs_statistics();
+  const bool needed = options.recipe.needs_statistics() || options.recipe.needs_text();
   if (!a.stats.empty()) {
     if (a.text.given()) throw Error(ErrorKind::usage, "--stats and --text exclude each other");
+    if (options.recipe.needs_text()) {
+      throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs the text itself")
+          .hint("give --text FILE; statistics alone do not hold what it needs");
+    }
     options.statistics_path = a.stats;
   } else if (needed && !a.text.given()) {
     throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs calibration text")
@@ -145,6 +149,10 @@ int run(const Arguments& a) {
     report.line(fmt::format("smoothing: {} factors clamped, {} zero channels left alone", result.clamped,
                             result.zero_channels));
   }
+  if (result.dead_channels > 0) {
+    report.line(
+        fmt::format("{} input channels were zero on all of the calibration text", result.dead_channels));
+  }
   if (progress.warnings() > 0) report.line(fmt::format("{} warnings", progress.warnings()));
   report.json({{"out", a.out},
                {"linears", result.linears},
@@ -153,6 +161,7 @@ int run(const Arguments& a) {
                {"resumed_layers", result.resumed_layers},
                {"lambda_clamped", result.clamped},
                {"zero_channels", result.zero_channels},
+               {"dead_channels", result.dead_channels},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
                {"warnings", progress.warnings()},
@@ -167,8 +176,8 @@ void add_quantize(CLI::App& app, Runner& runner) {
   CLI::App* cmd = app.add_subcommand("quantize", "Turn a Hugging Face checkpoint into a FireQ folder");
   cmd->add_option("model", a->model, "Hugging Face folder (config.json, safetensors, tokenizer)")->required();
   cmd->add_option("-o,--out", a->out, "Folder to write; it appears whole, at the end")->required();
-  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, or fast")
-                     ->check(CLI::IsMember({"rtn", "paper", "fast"}))
+  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, fast, or best")
+                     ->check(CLI::IsMember({"rtn", "paper", "fast", "best"}))
                      ->capture_default_str();
   cmd->add_option("--recipe", a->recipe_file, "Recipe as JSON (docs/recipes.md)")
       ->type_name("FILE")
