@@ -302,7 +302,7 @@ std::string inst(const Tokenizer& tokenizer, Messages messages) {
 std::string render_chat(const Tokenizer& tokenizer, std::span<const ChatMessage> messages) {
   const std::string& source = tokenizer.chat_template;
   if (source.empty()) {
-    throw Error(ErrorKind::input, "the model has no chat template").hint("leave --chat out");
+    throw Error(ErrorKind::usage, "the model has no chat template").hint("leave --chat out");
   }
   for (const ChatMessage& m : messages) {
     if (m.role != "system" && m.role != "user" && m.role != "assistant") {
