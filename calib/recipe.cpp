@@ -192,7 +192,9 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 }
 
 void apply(Recipe& recipe, std::string_view section, const json& object) {
-  for (const auto& [key, value] : object.items()) {
+  for (const auto& item : object.items()) {
+    const std::string& key = item.key();  // plain names: clang 14's lambdas cannot capture bindings
+    const json& value = item.value();
     if (section.empty() && key == "preset") continue;
     const auto field = std::find_if(fields().begin(), fields().end(),
                                     [&](const Field& f) { return f.section == section && f.key == key; });

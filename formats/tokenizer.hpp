@@ -65,14 +65,17 @@ class StreamingDecoder {
   explicit StreamingDecoder(const Tokenizer& tokenizer, std::span<const std::int32_t> prompt = {},
                             bool skip_special = true);  // the tokenizer must outlive it
   std::string push(std::int32_t id);
-  std::string finish();  // what is still held back, as U+FFFD
+  std::string finish();  // what is still held back; a cut-off character as U+FFFD
 
  private:
   const Tokenizer& tokenizer_;
   bool skip_special_;
   bool first_ = true;
   std::uint64_t strip_left_ = 0;
-  std::string held_;
+  std::string held_;  // the beginning of a character
+  std::string tail_;  // characters that go if the text ends here (TextStrip::stop)
+
+  void strip_start(std::string& text);
 };
 
 // Opens the folder's tokenizer: tokenizer.json before tokenizer.model. Error(input) when damaged, or a

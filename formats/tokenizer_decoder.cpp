@@ -115,7 +115,10 @@ Decoder::Bytes Decoder::token(std::string_view text, bool first) const {
     if (!first) out.text.insert(out.text.begin(), ' ');
     return out;
   }
-  for (const Step& step : steps_) out.text = step(std::move(out.text), first);
+  for (const Step& step : steps_) {
+    out.text = step(std::move(out.text), first);
+    check_growth(text.size(), out.text.size());
+  }
   if (byte_fallback_) {
     if (const std::optional<char> byte = fallback_byte(out.text)) return {std::string(1, *byte), true};
   }
@@ -160,25 +163,40 @@ std::string StreamingDecoder::push(std::int32_t id) {
   std::string bytes = std::move(held_);
   held_.clear();
   bytes += token->bytes;
-  std::string out;
+  std::string out = std::move(tail_);
+  tail_.clear();
   append_repaired_utf8(bytes, out, &held_);
+  strip_start(out);
+  const TextStrip& strip = tokenizer_.text_strip();
+  std::size_t end = out.size();
+  for (std::uint64_t i = 0; i < strip.stop && std::string_view(out).substr(0, end).ends_with(strip.content);
+       ++i)
+    end -= strip.content.size();
+  tail_ = out.substr(end);
+  out.resize(end);
+  return out;
+}
+
+// A tail is kept only behind text that stays, so while this has work to do `text` is all there was.
+void StreamingDecoder::strip_start(std::string& text) {
   const std::string& content = tokenizer_.text_strip().content;
-  while (strip_left_ > 0 && !out.empty()) {
-    if (out.starts_with(content)) {
-      out.erase(0, content.size());
+  while (strip_left_ > 0 && !text.empty()) {
+    if (text.starts_with(content)) {
+      text.erase(0, content.size());
       --strip_left_;
     } else {
       strip_left_ = 0;
     }
   }
-  return out;
 }
 
 std::string StreamingDecoder::finish() {
-  std::string out;
+  std::string out = std::move(tail_);
   append_repaired_utf8(held_, out);
+  strip_start(out);
+  tail_.clear();
   held_.clear();
-  return out;
+  return strip_ends(out, {tokenizer_.text_strip().content, 0, tokenizer_.text_strip().stop});
 }
 
 }  // namespace fireq::formats

@@ -1,0 +1,416 @@
+#include "libquant/curvature_quantizer.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "common/error.hpp"
+#include "common/parallel.hpp"
+#include "libquant/blas.hpp"
+#include "libquant/float_bits.hpp"
+#include "libquant/group_table.hpp"
+#include "libquant/number_formats.hpp"
+#include "libquant/row_kernels.hpp"
+
+namespace fireq::libquant {
+namespace {
+
+using blas::Op;
+
+constexpr std::uint8_t kTopScale = 0x7e;     // 448
+constexpr std::uint8_t kTopRowScale = 0x66;  // 56: no product saturates
+// Rows that share products with H. A fixed cut: it decides the order of sums.
+constexpr std::uint64_t kRowBlock = 64;
+
+using GroupValues = std::array<float, kGroupSize>;
+
+// Index and sign of the operand nearest to w, as a 4-bit code.
+std::uint8_t nearest_code(const GroupTable& table, float w) {
+  const auto bits = std::bit_cast<std::uint32_t>(w);
+  const std::uint32_t magnitude = bits & 0x7fffffffU;
+  unsigned index = 0;
+  for (std::size_t j = 0; j < 7; ++j) index += magnitude >= table.threshold[j] ? 1U : 0U;
+  const unsigned sign = magnitude >= table.threshold[7] ? bits >> 31U : 0U;
+  return static_cast<std::uint8_t>(index | sign << 3U);
+}
+
+float value_of(const GroupTable& table, std::uint8_t code) {
+  const float magnitude = table.value[code & 7U];
+  return (code & 8U) != 0 ? -magnitude : magnitude;
+}
+
+double dot(const float* a, const float* b, std::size_t n) {
+  double sum = 0;
+  for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return sum;
+}
+
+// y += factor * x.
+void add_scaled(float factor, const float* x, float* y, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+// r near `wanted` with 56 r a bf16 number.
+float storable_row_scale(double wanted) {
+  return round_bf16(static_cast<float>(56.0 * wanted)) / 56.0F;
+}
+
+// One thread's work on one block of rows.
+class BlockQuantizer {
+ public:
+  BlockQuantizer(const CurvatureFactor& curvature, const CurvatureQuantizerOptions& options,
+                 QuantizedLinear& out, std::uint64_t begin, std::uint64_t count)
+      : curvature_(curvature),
+        options_(options),
+        out_(out),
+        k_(out.cols),
+        groups_(out.groups()),
+        begin_(begin),
+        count_(count),
+        row_scaled_(options.row_scale == RowScale::row),
+        top_(row_scaled_ ? kTopRowScale : kTopScale),
+        error_(count * k_),
+        value_(count * k_),
+        code_(count * k_),
+        sigma_(count * groups_, 1),
+        first_scale_(count) {
+    tables_.reserve(count);
+    for (std::uint64_t i = 0; i < count; ++i)
+      tables_.emplace_back(out.levels, Rounding::product, Dtype::f32, true);
+    offsets_.push_back(0);  // nearest first, then the lower code: the first least error wins
+    for (int step = 1; step <= std::max(-options.search_low, options.search_high); ++step) {
+      if (-step >= options.search_low) offsets_.push_back(-step);
+      if (step <= options.search_high) offsets_.push_back(step);
+    }
+  }
+
+  CurvatureError run(std::span<const float> w) {
+    w_ = w.data();
+    for (std::uint64_t i = 0; i < count_; ++i) set_first_scale(i);
+    for (std::uint64_t g = 0; g < groups_; ++g) round_group(g);
+
+    CurvatureError report;
+    gradient_.resize(count_ * k_);
+    toward_.resize(count_ * k_);
+    multiply_by_curvature(w_, toward_);
+    multiply_by_curvature(error_.data(), gradient_);
+    report.reference = energy(w_, toward_);
+    report.greedy = energy(error_.data(), gradient_);
+    for (unsigned pass = 0; pass < options_.passes; ++pass) {
+      for (std::uint64_t g = 0; g < groups_; ++g) improve_group(g);
+      if (row_scaled_) {
+        for (std::uint64_t i = 0; i < count_; ++i) refit_row(i);
+      }
+    }
+    report.final = options_.passes == 0 ? report.greedy : energy(error_.data(), gradient_);
+    store();
+    return report;
+  }
+
+ private:
+  struct Columns {
+    std::uint64_t begin, size;
+  };
+  Columns columns(std::uint64_t group) const {
+    const std::uint64_t begin = group * kGroupSize;
+    return {begin, std::min(kGroupSize, k_ - begin)};
+  }
+  float& row_scale(std::uint64_t i) { return out_.row_scales[row_scaled_ ? begin_ + i : 0]; }
+
+  void set_first_scale(std::uint64_t i) {
+    const float* row = w_ + i * k_;
+    float largest = 0;
+    for (std::uint64_t k = 0; k < k_; ++k) {
+      if (!std::isfinite(row[k])) {
+        throw Error(ErrorKind::input, "a weight is not a finite number")
+            .expected("finite weights")
+            .found(std::string(std::isnan(row[k]) ? "NaN" : "infinity") + " at [" +
+                   std::to_string(begin_ + i) + ", " + std::to_string(k) + "]");
+      }
+      largest = std::max(largest, std::fabs(row[k]));
+    }
+    if (row_scaled_) row_scale(i) = row_scale_for(largest, out_.levels.magnitude[7]);
+    first_scale_[i] = row_scale(i);
+    tables_[i].set_row_scale(first_scale_[i]);
+  }
+
+  // --- 1. Greedy
+
+  void round_group(std::uint64_t g) {
+    const Columns c = columns(g);
+    // What the columns before this group put into its terms.
+    before_.assign(count_ * kGroupSize, 0.0F);
+    if (c.begin > 0) {
+      blas::gemm(Op::none, Op::none, count_, c.size, c.begin, 1.0F, {error_.data(), k_},
+                 {curvature_.upper.data() + c.begin, k_}, 0.0F, {before_.data(), kGroupSize});
+    }
+    GroupValues weight{};
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float u = upper(c.begin + j)[c.begin + j];
+      weight[j] = u * u;
+    }
+    for (std::uint64_t i = 0; i < count_; ++i) round_group_of_row(g, i, weight);
+  }
+
+  const float* upper(std::uint64_t row) const { return curvature_.upper.data() + row * k_; }
+
+  void round_group_of_row(std::uint64_t g, std::uint64_t i, const GroupValues& weight) {
+    const Columns c = columns(g);
+    const float* w = w_ + i * k_ + c.begin;
+    float* error = error_.data() + i * k_ + c.begin;
+    const float* before = before_.data() + i * kGroupSize;
+
+    // The real numbers that would cancel every term of the group: what its scale has to cover.
+    GroupValues term{};
+    GroupValues magnitude{};
+    std::copy_n(before, c.size, term.begin());
+    float largest = 0;
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float* u = upper(c.begin + j) + c.begin;
+      const float step = term[j] / u[j];
+      magnitude[j] = std::fabs(w[j] + step);
+      largest = std::max(largest, magnitude[j]);
+      add_scaled(-step, u + j + 1, term.data() + j + 1, c.size - j - 1);
+    }
+    const std::uint8_t sigma = largest == 0 ? std::uint8_t{1} : search(i, magnitude, weight, largest);
+    sigma_[i * groups_ + g] = sigma;
+
+    const GroupTable& table = tables_[i].get(sigma);
+    std::copy_n(before, c.size, term.begin());
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float* u = upper(c.begin + j) + c.begin;
+      const std::uint8_t code = nearest_code(table, w[j] + term[j] / u[j]);
+      code_[i * k_ + c.begin + j] = code;
+      value_[i * k_ + c.begin + j] = value_of(table, code);
+      error[j] = w[j] - value_of(table, code);
+      add_scaled(error[j], u + j + 1, term.data() + j + 1, c.size - j - 1);
+    }
+  }
+
+  std::uint8_t search(std::uint64_t i, const GroupValues& magnitude, const GroupValues& weight,
+                      float largest) {
+    const double unit = static_cast<double>(row_scale(i)) * static_cast<double>(out_.levels.magnitude[7]);
+    const std::uint8_t base = group_scale_code(static_cast<double>(largest), unit, 1.0 / unit, top_);
+    std::array<const GroupTable*, 256> candidates{};
+    std::array<std::uint8_t, 256> codes{};
+    std::array<float, 256> errors{};
+    std::size_t n = 0;
+    for (const int offset : offsets_) {
+      const int code = static_cast<int>(base) + offset;
+      if (code < 1 || code > static_cast<int>(top_)) continue;
+      codes[n] = static_cast<std::uint8_t>(code);
+      candidates[n++] = &tables_[i].get(static_cast<std::uint8_t>(code));
+    }
+    kernels().search_errors(magnitude.data(), weight.data(), candidates.data(), n, errors.data());
+    return codes[static_cast<std::size_t>(
+        std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n)) - errors.begin())];
+  }
+
+  // --- 2. Coordinate descent. gradient_ = (w - v) H throughout.
+
+  void multiply_by_curvature(const float* rows, std::vector<float>& out) const {
+    blas::gemm(Op::none, Op::none, count_, k_, k_, 1.0F, {rows, k_}, {curvature_.matrix.data(), k_}, 0.0F,
+               {out.data(), k_});
+  }
+
+  double energy(const float* rows, const std::vector<float>& product) const {
+    double sum = 0;
+    for (std::uint64_t i = 0; i < count_; ++i) sum += dot(rows + i * k_, product.data() + i * k_, k_);
+    return sum;
+  }
+
+  void improve_group(std::uint64_t g) {
+    const Columns c = columns(g);
+    change_.assign(count_ * kGroupSize, 0.0F);
+    local_.resize(count_ * kGroupSize);
+    for (std::uint64_t i = 0; i < count_; ++i) {
+      std::copy_n(gradient_.data() + i * k_ + c.begin, c.size, local_.data() + i * kGroupSize);
+    }
+    improve_scales(g);
+    for (std::uint64_t i = 0; i < count_; ++i) improve_codes(g, i);
+    for (std::uint64_t i = 0; i < count_; ++i) {
+      for (std::uint64_t j = 0; j < c.size; ++j) {
+        error_[i * k_ + c.begin + j] = w_[i * k_ + c.begin + j] - value_[i * k_ + c.begin + j];
+      }
+    }
+    blas::gemm(Op::none, Op::none, count_, k_, c.size, -1.0F, {change_.data(), kGroupSize},
+               {curvature_.matrix.data() + c.begin * k_, k_}, 1.0F, {gradient_.data(), k_});
+  }
+
+  // Other scales for the codes as they are: the error changes by -2 d g + d H d^T, d the change of values.
+  void improve_scales(std::uint64_t g) {
+    const Columns c = columns(g);
+    best_.assign(count_, 0.0);
+    best_sigma_.assign(count_, 0);
+    step_.resize(count_ * kGroupSize);
+    product_.resize(count_ * kGroupSize);
+    best_step_.resize(count_ * kGroupSize);
+    best_product_.resize(count_ * kGroupSize);
+    for (int offset = -options_.scale_step; offset <= options_.scale_step; ++offset) {
+      if (offset == 0) continue;
+      for (std::uint64_t i = 0; i < count_; ++i) scale_change(g, i, offset);
+      blas::gemm(Op::none, Op::none, count_, c.size, c.size, 1.0F, {step_.data(), kGroupSize},
+                 {curvature_.matrix.data() + c.begin * k_ + c.begin, k_}, 0.0F,
+                 {product_.data(), kGroupSize});
+      for (std::uint64_t i = 0; i < count_; ++i) {
+        const float* step = step_.data() + i * kGroupSize;
+        const double change = dot(step, product_.data() + i * kGroupSize, c.size) -
+                              2 * dot(step, local_.data() + i * kGroupSize, c.size);
+        if (!(change < best_[i])) continue;
+        best_[i] = change;
+        best_sigma_[i] = static_cast<std::uint8_t>(static_cast<int>(sigma_[i * groups_ + g]) + offset);
+        std::copy_n(step, c.size, best_step_.data() + i * kGroupSize);
+        std::copy_n(product_.data() + i * kGroupSize, c.size, best_product_.data() + i * kGroupSize);
+      }
+    }
+    for (std::uint64_t i = 0; i < count_; ++i) {
+      if (best_sigma_[i] == 0) continue;
+      sigma_[i * groups_ + g] = best_sigma_[i];
+      const GroupTable& table = tables_[i].get(best_sigma_[i]);
+      for (std::uint64_t j = 0; j < c.size; ++j) {
+        value_[i * k_ + c.begin + j] = value_of(table, code_[i * k_ + c.begin + j]);
+        change_[i * kGroupSize + j] += best_step_[i * kGroupSize + j];
+        local_[i * kGroupSize + j] -= best_product_[i * kGroupSize + j];
+      }
+    }
+  }
+
+  // step_ of row i: values with sigma moved by `offset` less values now; zero where that sigma cannot be.
+  void scale_change(std::uint64_t g, std::uint64_t i, int offset) {
+    const Columns c = columns(g);
+    float* step = step_.data() + i * kGroupSize;
+    const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
+    if (sigma < 1 || sigma > static_cast<int>(top_)) {
+      std::fill_n(step, c.size, 0.0F);
+      return;
+    }
+    const GroupTable& table = tables_[i].get(static_cast<std::uint8_t>(sigma));
+    const std::uint64_t first = i * k_ + c.begin;
+    for (std::uint64_t j = 0; j < c.size; ++j)
+      step[j] = value_of(table, code_[first + j]) - value_[first + j];
+  }
+
+  void improve_codes(std::uint64_t g, std::uint64_t i) {
+    const Columns c = columns(g);
+    const GroupTable& table = tables_[i].get(sigma_[i * groups_ + g]);
+    float* local = local_.data() + i * kGroupSize;
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float* h = curvature_.matrix.data() + (c.begin + j) * k_ + c.begin;
+      float& value = value_[i * k_ + c.begin + j];
+      const float wanted = value + local[j] / h[j];
+      const std::uint8_t code = nearest_code(table, wanted);
+      const float change = value_of(table, code) - value;
+      if (change == 0.0F) continue;
+      code_[i * k_ + c.begin + j] = code;
+      value = value_of(table, code);
+      change_[i * kGroupSize + j] += change;
+      add_scaled(-change, h, local, c.size);
+    }
+  }
+
+  // The multiple of v that is nearest to w under H; (v H) = (w H) - gradient.
+  void refit_row(std::uint64_t i) {
+    float* v = value_.data() + i * k_;
+    float* gradient = gradient_.data() + i * k_;
+    const float* toward = toward_.data() + i * k_;
+    double numerator = 0;
+    double denominator = 0;
+    for (std::uint64_t k = 0; k < k_; ++k) {
+      const double value = v[k];
+      numerator += value * static_cast<double>(toward[k]);
+      denominator += value * (static_cast<double>(toward[k]) - static_cast<double>(gradient[k]));
+    }
+    if (!(denominator > 0) || !(numerator > 0)) return;
+    const double now = row_scale(i);
+    const double first = first_scale_[i];
+    const double wanted =
+        std::clamp(now * numerator / denominator, static_cast<double>(options_.row_low) * first,
+                   static_cast<double>(options_.row_high) * first);
+    const float next = storable_row_scale(wanted);
+    const double ratio = static_cast<double>(next) / now;
+    // error(x) = const - 2 x numerator + x^2 denominator: rounding may have passed the best by too far.
+    if (!((ratio - 1) * ((ratio + 1) * denominator - 2 * numerator) < 0) || !(next > 0)) return;
+    row_scale(i) = next;
+    tables_[i].set_row_scale(next);
+    const auto factor = static_cast<float>(ratio);
+    for (std::uint64_t g = 0; g < groups_; ++g) {
+      const Columns c = columns(g);
+      const GroupTable& table = tables_[i].get(sigma_[i * groups_ + g]);
+      for (std::uint64_t k = c.begin; k < c.begin + c.size; ++k) {
+        gradient[k] = toward[k] - factor * (toward[k] - gradient[k]);
+        v[k] = value_of(table, code_[i * k_ + k]);
+        error_[i * k_ + k] = w_[i * k_ + k] - v[k];
+      }
+    }
+  }
+
+  void store() {
+    const std::uint64_t row_bytes = out_.padded_cols() / 2;
+    for (std::uint64_t i = 0; i < count_; ++i) {
+      std::copy_n(sigma_.begin() + static_cast<std::ptrdiff_t>(i * groups_), groups_,
+                  out_.group_scales.begin() + static_cast<std::ptrdiff_t>((begin_ + i) * groups_));
+      std::uint8_t* codes = out_.codes.data() + (begin_ + i) * row_bytes;
+      std::fill_n(codes, row_bytes, std::uint8_t{0});
+      for (std::uint64_t k = 0; k < k_; ++k) {
+        const std::uint8_t code = code_[i * k_ + k];
+        codes[k / 2] = static_cast<std::uint8_t>(codes[k / 2] | (k % 2 == 0 ? code : code << 4U));
+      }
+    }
+  }
+
+  const CurvatureFactor& curvature_;
+  const CurvatureQuantizerOptions& options_;
+  QuantizedLinear& out_;
+  const std::uint64_t k_, groups_, begin_, count_;
+  const bool row_scaled_;
+  const std::uint8_t top_;
+  const float* w_ = nullptr;                // [count, K]
+  std::vector<float> error_, value_;        // [count, K] w - v and v
+  std::vector<std::uint8_t> code_, sigma_;  // [count, K], [count, groups]
+  std::vector<float> first_scale_;          // [count]
+  std::vector<GroupTables> tables_;         // [count]
+  std::vector<int> offsets_;
+  std::vector<float> gradient_, toward_;  // [count, K] (w - v) H and w H
+  // [count, 128], of the group at work.
+  std::vector<float> before_, change_, local_, step_, product_, best_step_, best_product_;
+  std::vector<double> best_;
+  std::vector<std::uint8_t> best_sigma_;
+};
+
+}  // namespace
+
+CurvatureError quantize_with_curvature(std::span<const float> w, const CurvatureFactor& curvature,
+                                       const CurvatureQuantizerOptions& options, int threads,
+                                       QuantizedLinear& out) {
+  check_levels(out.levels);
+  if (w.size() != out.rows * out.cols || curvature.cols != out.cols ||
+      out.row_scales.size() != (options.row_scale == RowScale::row ? out.rows : 1)) {
+    throw Error(ErrorKind::internal, "weights of another size than their curvature");
+  }
+  if (options.search_low > 0 || options.search_high < 0 || options.search_low < -126 ||
+      options.search_high > 126 || options.scale_step < 0 || options.scale_step > 126) {
+    throw Error(ErrorKind::usage, "the search range of group scales is impossible")
+        .expected("-126 <= low <= 0 <= high <= 126")
+        .found(std::to_string(options.search_low) + " .. " + std::to_string(options.search_high));
+  }
+  const std::uint64_t blocks = (out.rows + kRowBlock - 1) / kRowBlock;
+  std::vector<CurvatureError> errors(blocks);
+  parallel_for(blocks, threads, [&](std::size_t block) {
+    const std::uint64_t begin = block * kRowBlock;
+    const std::uint64_t count = std::min(kRowBlock, out.rows - begin);
+    errors[block] = BlockQuantizer(curvature, options, out, begin, count)
+                        .run(w.subspan(begin * out.cols, count * out.cols));
+  });
+  CurvatureError total;
+  for (const CurvatureError& e : errors) {
+    total.reference += e.reference;
+    total.greedy += e.greedy;
+    total.final += e.final;
+  }
+  return total;
+}
+
+}  // namespace fireq::libquant

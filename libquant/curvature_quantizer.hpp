@@ -1,0 +1,48 @@
+// The weight quantiser that rounds a row's weights together, under the curvature of its output error
+// (curvature.hpp): least (w - v) H (w - v)^T over what the format can hold, v = r * (+-RN8(level * sigma)).
+//
+// 1. Greedy, column by column: with H = U U^T the error is the sum over columns j of ((w - v) U)_j^2, and
+// term
+//    j knows only columns up to j. So each weight is rounded to the operand nearest to what would cancel its
+//    term. (The same numbers as GPTQ's, which carries errors forward through a factor of H^-1; looking back
+//    through H's own factor needs no inverse.) At the start of a group of 128 its scale is searched, with the
+//    squared errors weighted by U_jj^2.
+// 2. Passes of coordinate descent on the exact quadratic: group scales with the codes kept, codes, and the
+// row
+//    scale by least squares. Each step keeps the error or lowers it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "libquant/curvature.hpp"
+#include "libquant/quantized_linear.hpp"
+
+namespace fireq::libquant {
+
+struct CurvatureQuantizerOptions {
+  RowScale row_scale = RowScale::row;  // tensor: out.row_scales[0] must be set, and stays
+  int search_low = -7;                 // E4M3 codes around RN8(max / top level), as WeightQuantizerOptions
+  int search_high = 2;
+  unsigned passes = 3;  // of coordinate descent
+  int scale_step = 2;   // codes that a group scale may move in one pass
+  // The row scale stays between these multiples of the one it began with. It moves in steps of bf16(56 r).
+  float row_low = 0.8F;
+  float row_high = 1.25F;
+};
+
+// Sums over rows of w H w^T and of (w - v) H (w - v)^T, H with its damping.
+struct CurvatureError {
+  double reference = 0;
+  double greedy = 0;  // after step 1
+  double final = 0;   // after step 2
+};
+
+// Quantises all rows of w [out.rows, K] into `out` (allocated; its levels are used). Products never exceed
+// the format's limits (sigma <= 56 with row scales). The same bytes for any thread count. Throws as
+// quantize_rows does for a non-finite weight.
+CurvatureError quantize_with_curvature(std::span<const float> w, const CurvatureFactor& curvature,
+                                       const CurvatureQuantizerOptions& options, int threads,
+                                       QuantizedLinear& out);
+
+}  // namespace fireq::libquant
