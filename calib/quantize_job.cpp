@@ -419,6 +419,12 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
                                                 : rows * groups * (libquant::kGroupSize / 2 + 1)) +
           (per_tensor ? 1 : rows) * sizeof(float) + 2 * sizeof(std::int64_t);
       plan.bytes_after += linear.bytes_after;
+      if (formats::linear_has_bias(config, i)) {
+        // As stored, unless something is folded into it or it is cut from a fused one: then in FP32.
+        const std::string bias = names[i] + ".bias";
+        const bool stored = reader.contains(bias) && !changes.bias_changed[i];
+        plan.bytes_after += stored ? reader.tensor(bias).data.size() : rows * sizeof(float);
+      }
       if (layer == 0) layer_elements += rows * cols;
       replaced.insert(tensor);
       plan.linears.push_back(std::move(linear));
@@ -431,7 +437,8 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     std::string why = "copied as it is";
     bool folded_f32 = false;
     if (belongs_to_layer(name)) {
-      if (name.ends_with("qkv_proj.weight") || name.ends_with("gate_up_proj.weight"))
+      if (name.ends_with("qkv_proj.weight") || name.ends_with("gate_up_proj.weight") ||
+          name.ends_with("qkv_proj.bias") || name.ends_with("gate_up_proj.bias"))
         continue;  // cut into its linears
       if (name.ends_with("rotary_emb.inv_freq")) {
         plan.kept.emplace_back(name, "dropped: the frequencies follow from config.json");
@@ -443,7 +450,8 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
             (changes.qk_norm_changed && (name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight")));
         why = folded_f32 ? "norm weight, smoothing folded in, kept in F32" : "norm weight";
       } else if (name.ends_with(".bias")) {
-        why = "bias";
+        plan.kept.emplace_back(name, "bias");  // counted with its linear
+        continue;
       }
     } else if (name == "model.embed_tokens.weight") {
       why = "embedding: looked up, not multiplied";

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <string_view>
 #include <vector>
 
 #include "common/error.hpp"
+#include "common/nearest.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -178,29 +178,14 @@ std::string full_name(std::string_view section, std::string_view key) {
   return section.empty() ? std::string(key) : std::string(section) + "." + std::string(key);
 }
 
-std::size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = row[0];
-    row[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t above = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0U : 1U)});
-      diagonal = above;
-    }
-  }
-  return row.back();
-}
-
 [[noreturn]] void unknown_key(const std::string& name) {
-  std::string best = "preset";
+  std::vector<std::string> known{"preset"};
   for (const Field& f : fields()) {
-    const std::string candidate = full_name(f.section, f.key);
-    if (edit_distance(name, candidate) < edit_distance(name, best)) best = candidate;
+    known.push_back(full_name(f.section, f.key));
+    if (!f.section.empty()) known.emplace_back(f.section);
   }
   throw Error(ErrorKind::usage, "recipe key '" + name + "' is not known")
-      .hint("did you mean '" + best + "'?");
+      .hint("did you mean '" + nearest_name(name, known) + "'?");
 }
 
 void apply(Recipe& recipe, std::string_view section, const json& object) {

@@ -164,7 +164,7 @@ void CheckpointReader::Impl::open_single(const Listing& listing) {
 void CheckpointReader::Impl::open_indexed(const Listing& listing) {
   const std::string path = folder + "/" + std::string(kIndexFile);
   const std::map<std::string, std::string> shard_of =
-      parse_safetensors_index(read_text_file(path, kLargestIndex), path);
+      parse_safetensors_index(read_text_inside_folder(folder, std::string(kIndexFile), kLargestIndex), path);
   std::map<std::string, std::string> first_tensor;  // of each shard, for the message
   for (const auto& [tensor, shard] : shard_of) first_tensor.emplace(shard, tensor);
   for (const auto& [shard, tensor] : first_tensor) {
@@ -203,7 +203,6 @@ CheckpointReader::CheckpointReader(const std::string& folder) : impl_(std::make_
   refuse_partial(impl_->folder);
   const Listing listing = list_folder(impl_->folder);
   if (listing.index) {
-    check_inside_folder(impl_->folder, std::string(kIndexFile));
     impl_->open_indexed(listing);
   } else {
     for (const std::string& name : listing.safetensors) check_inside_folder(impl_->folder, name);

@@ -30,7 +30,6 @@ void check_shard_name(const std::string& name, const std::string& tensor, const 
 
 std::map<std::string, std::string> parse_safetensors_index(std::string_view json_text,
                                                            const std::string& path_for_errors) {
-  refuse_nul(json_text, path_for_errors);
   const nlohmann::json index = parse_json(json_text, path_for_errors);
   const JsonFields weight_map = JsonFields(index, path_for_errors).object("weight_map");
   std::map<std::string, std::string> shard_of;

@@ -214,7 +214,6 @@ void OutputFolder::load(const std::array<std::string, 3>& fingerprints) {
     const std::string_view line = std::string_view(text).substr(begin, end - begin);
     begin = end + 1;
     try {
-      refuse_nul(line, state_);
       nlohmann::json value = parse_json(line, state_);
       if (value.is_object()) return value;
     } catch (const Error&) {

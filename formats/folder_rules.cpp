@@ -12,7 +12,7 @@ namespace fireq::formats {
 namespace stdfs = std::filesystem;
 
 void check_inside_folder(const std::string& folder, const std::string& name) {
-  const std::string path = folder + "/" + name;
+  const std::string path = (stdfs::path(folder) / name).string();
   std::error_code code;
   const stdfs::path real_folder = stdfs::canonical(folder, code);
   if (code) throw system_error("resolve", folder, code.value());
@@ -21,6 +21,8 @@ void check_inside_folder(const std::string& folder, const std::string& name) {
     throw Error(ErrorKind::input, "the file is missing").path(path);
   }
   if (code) throw system_error("resolve", path, code.value());
+  // A pipe or a device would block or never end.
+  if (!stdfs::is_regular_file(real, code)) throw Error(ErrorKind::input, "not a regular file").path(path);
   if (real.string().starts_with((real_folder / "").string())) return;
   const stdfs::path snapshots = real_folder.parent_path();
   if (snapshots.filename() == "snapshots" && real.parent_path() == snapshots.parent_path() / "blobs") return;
@@ -29,6 +31,13 @@ void check_inside_folder(const std::string& folder, const std::string& name) {
       .expected("a file inside " + real_folder.string())
       .found(real.string())
       .hint("copy the file into the folder if you trust it");
+}
+
+std::string read_text_inside_folder(const std::string& folder, const std::string& name,
+                                    std::uint64_t largest) {
+  const std::string path = (stdfs::path(folder) / name).string();
+  if (path_exists(path)) check_inside_folder(folder, name);
+  return read_text_file(path, largest);
 }
 
 std::vector<std::string> list_names(const std::string& folder) {

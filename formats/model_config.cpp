@@ -12,7 +12,7 @@
 
 #include "common/checked.hpp"
 #include "common/error.hpp"
-#include "formats/file_system.hpp"
+#include "formats/folder_rules.hpp"
 #include "formats/model_config_json.hpp"
 
 namespace fireq::formats {
@@ -304,11 +304,11 @@ ModelConfig read_model_config(const std::string& folder) {
   constexpr std::uint64_t kLargestFile = std::uint64_t{1} << 24U;
   const std::filesystem::path at(folder);
   const std::string path = (at / "config.json").string();
-  ModelConfig config = parse_model_config(read_text_file(path, kLargestFile), path);
+  ModelConfig config = parse_model_config(read_text_inside_folder(folder, "config.json", kLargestFile), path);
   const std::string generation = (at / "generation_config.json").string();
-  std::error_code ignored;
-  if (std::filesystem::exists(generation, ignored)) {
-    const json root = parse_json(read_text_file(generation, kLargestFile), generation);
+  if (path_exists(generation)) {
+    const json root =
+        parse_json(read_text_inside_folder(folder, "generation_config.json", kLargestFile), generation);
     const JsonFields fields(root, generation);
     if (fields.find("eos_token_id") != nullptr) config.eos_ids = read_ids(fields, "eos_token_id");
   }

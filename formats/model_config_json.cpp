@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "formats/names.hpp"
 
 namespace fireq::formats {
 namespace {
@@ -34,6 +35,7 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 }  // namespace
 
 json parse_json(std::string_view text, const std::string& path) {
+  refuse_nul(text, path);
   // Keys seen so far in each open object.
   std::vector<std::unordered_set<std::string>> open;
   const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {

@@ -1,13 +1,12 @@
 // quantization_config of a FireQ folder's config.json.
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
-#include <system_error>
 #include <utility>
 
 #include "common/error.hpp"
 #include "formats/fireq_folder.hpp"
+#include "formats/folder_rules.hpp"
 #include "formats/model_config_json.hpp"
 #include "formats/names.hpp"
 
@@ -23,11 +22,6 @@ constexpr std::uint64_t kLargestConfig = std::uint64_t{1} << 24U;
 constexpr std::uint64_t kLargestNumber = std::uint64_t{1} << 53U;
 constexpr std::array<float, 8> kInt4{0, 1, 2, 3, 4, 5, 6, 7};
 constexpr const char* kKey = "quantization_config";
-
-json parse_config(std::string_view text, const std::string& path) {
-  refuse_nul(text, path);
-  return parse_json(text, path);
-}
 
 // A key of a later version may change the meaning of the others, so unknown ones are refused by name.
 void refuse_unknown(const JsonFields& fields, std::initializer_list<const char*> known) {
@@ -102,17 +96,15 @@ json levels_json(const QuantizationConfig& config) {
 }
 
 std::optional<std::string> config_text(const std::string& folder, bool required) {
-  const std::string path = folder + "/config.json";
-  std::error_code code;
-  if (!required && !std::filesystem::exists(path, code)) return std::nullopt;
-  return read_text_file(path, kLargestConfig);
+  if (!required && !path_exists(folder + "/config.json")) return std::nullopt;
+  return read_text_inside_folder(folder, "config.json", kLargestConfig);
 }
 
 }  // namespace
 
 QuantizationConfig parse_quantization_config(std::string_view config_json,
                                              const std::string& path_for_errors) {
-  const json root = parse_config(config_json, path_for_errors);
+  const json root = parse_json(config_json, path_for_errors);
   const JsonFields fields = JsonFields(root, path_for_errors).object(kKey);
   expect_text(fields, "quant_method", "fireq");
   if (fields.count("format_version", 0, kLargestNumber) != kFormatVersion) {
@@ -159,7 +151,7 @@ bool is_fireq_folder(const std::string& folder) {
   const std::optional<std::string> text = config_text(folder, false);
   if (!text) return false;
   const std::string path = folder + "/config.json";
-  const json root = parse_config(*text, path);
+  const json root = parse_json(*text, path);
   const JsonFields fields(root, path);
   return fields.find(kKey) != nullptr && fields.object(kKey).text_or("quant_method", "") == "fireq";
 }
@@ -170,7 +162,7 @@ QuantizationConfig read_quantization_config(const std::string& folder) {
 
 std::string make_config_json(const std::string& source_config_json, const QuantizationConfig& quantization) {
   const std::string source_name = "config.json of the source";
-  json root = parse_config(source_config_json, source_name);
+  json root = parse_json(source_config_json, source_name);
   const JsonFields must_be_object(root, source_name);
   json calibration = nullptr;
   if (!quantization.calibration_fingerprint.empty()) {
@@ -190,7 +182,7 @@ std::string make_config_json(const std::string& source_config_json, const Quanti
   q["kv_cache"] = std::move(cache);
   q["activations"] = {{"dtype", "e4m3"}, {"granularity", "token"}, {"dynamic", true}};
   q["ignore"] = quantization.ignore;
-  q["recipe"] = parse_config(quantization.recipe_json, "recipe");
+  q["recipe"] = parse_json(quantization.recipe_json, "recipe");
   q["source"] = {{"fingerprint", quantization.source_fingerprint}};
   q["calibration"] = std::move(calibration);
   q["tool_version"] = quantization.tool_version;

@@ -49,13 +49,18 @@ class Writer {
       : group_options_(checked(H5Pcreate(H5P_GROUP_CREATE), H5Pclose, "group options")) {
     const Hdf5Handle file_options = checked(H5Pcreate(H5P_FILE_CREATE), H5Pclose, "file options");
     const Hdf5Handle access = checked(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "access options");
-    // No times, so that equal statistics are equal bytes; links inside the groups' headers, which is smaller
-    // and simpler than the index HDF5 would build from 9 links on; one fixed format for all library versions.
+    // The oldest file format, which every version of the library reads. (In a later one the superblock has a
+    // checksum, and H5Fget_file_image changes the superblock without renewing it: nothing can read the
+    // result.) No times, so that equal statistics are equal bytes; links inside the groups' headers, which is
+    // smaller and simpler than the index HDF5 would build from 9 links on, and is to be had together with
+    // their order only; an index of chunks that is sized for the one chunk of a dataset.
     for (const hid_t options : {group_options_.get(), file_options.get()}) {
       check(H5Pset_obj_track_times(options, false), "times");
       check(H5Pset_link_phase_change(options, 65535, 65535), "links");
+      check(H5Pset_link_creation_order(options, H5P_CRT_ORDER_TRACKED), "links");
     }
-    check(H5Pset_libver_bounds(access.get(), H5F_LIBVER_V110, H5F_LIBVER_V110), "format");
+    check(H5Pset_istore_k(file_options.get(), 1), "index of chunks");
+    check(H5Pset_libver_bounds(access.get(), H5F_LIBVER_EARLIEST, H5F_LIBVER_V18), "format");
     check(H5Pset_fapl_core(access.get(), kGrow, false), "memory image");
     const Hdf5Handle file = checked(
         H5Fcreate("fireq-statistics", H5F_ACC_TRUNC, file_options.get(), access.get()), H5Fclose, "file");
@@ -151,6 +156,10 @@ herr_t keep_description(unsigned /*depth*/, const H5E_error2_t* error, void* tex
 }  // namespace
 
 Hdf5Session::Hdf5Session() : lock_(hdf5_mutex()) {
+  // A damaged file can leave the library with objects that it cannot close, about which it would complain on
+  // the terminal at the end of the process. Everything that matters is closed long before.
+  static const herr_t no_closing_at_exit = H5dont_atexit();
+  static_cast<void>(no_closing_at_exit);
   H5Eget_auto2(H5E_DEFAULT, &print_, &print_data_);
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
 }

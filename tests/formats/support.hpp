@@ -78,6 +78,28 @@ inline std::string safetensors_bytes(const std::string& header, std::string_view
   return bytes;
 }
 
+// One tensor of a file that a test makes; `shape` as JSON text.
+struct RawTensor {
+  std::string name;
+  std::string dtype;
+  std::string shape;
+  std::string data;
+};
+
+// A well-formed safetensors file of these tensors in this order.
+inline std::string safetensors_of(const std::vector<RawTensor>& tensors) {
+  std::string header("{"), data;
+  for (const RawTensor& t : tensors) {
+    const std::size_t begin = data.size();
+    data += t.data;
+    header.append(begin == 0 && header.size() == 1 ? "" : ",").append("\"").append(t.name);
+    header.append("\":{\"dtype\":\"").append(t.dtype).append("\",\"shape\":").append(t.shape);
+    header.append(",\"data_offsets\":[").append(std::to_string(begin)).append(",");
+    header.append(std::to_string(data.size())).append("]}");
+  }
+  return safetensors_bytes(header + "}", data);
+}
+
 inline std::string random_bytes(std::mt19937_64& random, std::size_t n) {
   std::string bytes(n, '\0');
   for (char& c : bytes) c = static_cast<char>(random() & 0xffU);
@@ -93,6 +115,34 @@ std::optional<Error> error_of(Call&& call) {
     return error;
   }
   return std::nullopt;
+}
+
+// What an Error must say, part by part; an empty part must be absent. A message or hint that ends in "..." is
+// compared up to there.
+struct Parts {
+  ErrorKind kind = ErrorKind::input;
+  std::string message = {};
+  std::string path = {};
+  std::string tensor = {};
+  std::string expected = {};
+  std::string found = {};
+  std::string hint = {};
+};
+
+inline void expect_parts(const std::optional<Error>& error, const Parts& parts) {
+  ASSERT_TRUE(error.has_value()) << "no error, but wanted: " << parts.message;
+  const auto same = [&](const std::string& found, const std::string& wanted) {
+    if (!wanted.ends_with("...")) return found == wanted;
+    return found.starts_with(wanted.substr(0, wanted.size() - 3));
+  };
+  EXPECT_EQ(error->kind(), parts.kind) << error->what();
+  EXPECT_EQ(error->exit_code(), static_cast<int>(parts.kind));
+  EXPECT_TRUE(same(error->message(), parts.message)) << error->what() << "\nwanted: " << parts.message;
+  EXPECT_EQ(error->path(), parts.path) << error->what();
+  EXPECT_EQ(error->tensor(), parts.tensor) << error->what();
+  EXPECT_TRUE(same(error->expected(), parts.expected)) << error->what() << "\nwanted: " << parts.expected;
+  EXPECT_TRUE(same(error->found(), parts.found)) << error->what() << "\nwanted: " << parts.found;
+  EXPECT_TRUE(same(error->hint(), parts.hint)) << error->what() << "\nwanted: " << parts.hint;
 }
 
 inline std::string_view text_of(std::span<const std::byte> bytes) {
