@@ -6,6 +6,7 @@
 #include <exception>
 #include <new>
 
+#include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
 #include "common/error.hpp"
 #include "common/progress.hpp"
@@ -66,6 +67,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
   fireq::apps::add_generate(app, run);
+  fireq::apps::add_bench(app, run);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
