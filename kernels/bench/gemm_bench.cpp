@@ -12,10 +12,6 @@
 
 namespace fireq::kernels::bench {
 
-double GemmBenchRow::tflops() const {
-  return 2e-6 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / microseconds;
-}
-
 namespace {
 
 struct Card {

@@ -1,3 +1,4 @@
+// What needs no GPU: shapes by name, derived figures.
 #include <charconv>
 #include <map>
 
@@ -5,6 +6,10 @@
 #include "kernels/bench/bench.hpp"
 
 namespace fireq::kernels::bench {
+
+double GemmBenchRow::tflops() const {
+  return 2e-6 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) / microseconds;
+}
 
 std::vector<Shape> shapes_of(const std::string& word) {
   // qkv, o, gate and up, down.
