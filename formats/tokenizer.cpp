@@ -69,6 +69,7 @@ std::vector<AddedToken> read_side_tokens(const JsonFields& settings, const JsonF
     }
   }
   for (const auto& item : added.value().items()) {
+    if (item.key().size() > kLongestAddedToken) added.fail(item.key(), "is too long for an added token");
     const auto id = static_cast<std::int32_t>(added.count(item.key(), 0, kLargestTokenId));
     const bool known =
         std::any_of(tokens.begin(), tokens.end(), [&](const AddedToken& t) { return t.id == id; });

@@ -93,10 +93,17 @@ void AddedTokens::split(std::string_view text, bool parse_special, std::vector<S
   if (covered < text.size()) out.push_back({text.substr(covered), -1});
 }
 
+void check_added_length(const JsonFields& fields, std::string_view content) {
+  if (content.size() <= kLongestAddedToken) return;
+  fields.fail("content", "is too long for an added token",
+              "at most " + std::to_string(kLongestAddedToken) + " bytes");
+}
+
 AddedToken read_added_token(const JsonFields& fields, std::optional<std::int32_t> id) {
   AddedToken token;
   token.id = id ? *id : static_cast<std::int32_t>(fields.count("id", 0, kLargestTokenId));
   token.content = fields.text("content");
+  check_added_length(fields, token.content);
   token.special = fields.boolean_or("special", false);
   token.normalized = fields.boolean_or("normalized", !token.special);
   token.lstrip = fields.boolean_or("lstrip", false);

@@ -115,7 +115,10 @@ Decoder::Bytes Decoder::token(std::string_view text, bool first) const {
     if (!first) out.text.insert(out.text.begin(), ' ');
     return out;
   }
-  for (const Step& step : steps_) out.text = step(std::move(out.text), first);
+  for (const Step& step : steps_) {
+    out.text = step(std::move(out.text), first);
+    check_growth(text.size(), out.text.size());
+  }
   if (byte_fallback_) {
     if (const std::optional<char> byte = fallback_byte(out.text)) return {std::string(1, *byte), true};
   }

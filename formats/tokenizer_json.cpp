@@ -104,6 +104,7 @@ class BpeTokenizer final : public Tokenizer {
       added_ids_.emplace(token.content, token.id);
       if (token.normalized && !normalizer_.empty()) {
         token.content = normalizer_.run(token.content);  // it is looked for in normalised text
+        check_added_length(fields, token.content);
         normalized.push_back(std::move(token));
       } else if (token.normalized) {
         normalized.push_back(std::move(token));

@@ -87,7 +87,10 @@ void Normalizer::add(const JsonFields& fields) {
 
 std::string Normalizer::run(std::string_view text) const {
   std::string out(text);
-  for (const TextStep& step : steps_) out = step(out);
+  for (const TextStep& step : steps_) {
+    out = step(out);
+    check_growth(text.size(), out.size());
+  }
   return out;
 }
 

@@ -24,6 +24,9 @@ namespace fireq::formats {
 // Token ids index tables here, so a file cannot name ones far beyond any real vocabulary.
 inline constexpr std::uint64_t kLargestTokenId = (std::uint64_t{1} << 22U) - 1;
 
+// Looking for added tokens takes, at worst, the text's length times this.
+inline constexpr std::size_t kLongestAddedToken = 512;
+
 // Lets maps keyed by std::string be searched by std::string_view.
 struct TextHash {
   using is_transparent = void;
@@ -65,6 +68,7 @@ class AddedTokens {
 };
 // One entry of "added_tokens" in tokenizer.json; also the value in "added_tokens_decoder", without its id.
 AddedToken read_added_token(const JsonFields& fields, std::optional<std::int32_t> id);
+void check_added_length(const JsonFields& fields, std::string_view content);
 
 // {"String": s} or {"Regex": s} under "pattern" (Replace, Split).
 class Pattern;

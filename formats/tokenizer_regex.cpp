@@ -19,6 +19,8 @@ constexpr std::size_t kLongestPattern = 32'768;
 constexpr std::uint32_t kMatchLimit = 10'000'000;
 constexpr std::uint32_t kDeepestGroups = 200;
 constexpr std::uint32_t kHeapLimitKiB = 64 * 1024;
+constexpr std::size_t kAlwaysFine = std::size_t{1} << 20U;  // bytes of rewritten text
+constexpr std::size_t kMostGrowth = 32;  // the longest compatibility decomposition is 11 times as long
 constexpr std::size_t kJitStackFirst = 32 * 1024;
 constexpr std::size_t kJitStackMost = 8 * 1024 * 1024;
 
@@ -416,6 +418,14 @@ void Regex::split(std::string_view text, std::vector<MatchSpan>& spans) const {
   if (covered < text.size()) spans.push_back({covered, text.size(), false});
 }
 
+void check_growth(std::size_t before, std::size_t after) {
+  if (after <= kAlwaysFine || after / kMostGrowth <= before) return;
+  throw Error(ErrorKind::input, "the tokenizer's replacements make the text too long")
+      .expected("at most " + std::to_string(kMostGrowth) + " times as long")
+      .found(std::to_string(before) + " bytes became " + std::to_string(after))
+      .hint("the tokenizer's file is damaged");
+}
+
 Pattern Pattern::literal(std::string text) {
   Pattern p;
   p.literal_ = std::move(text);
@@ -448,8 +458,11 @@ void Pattern::split(std::string_view text, std::vector<MatchSpan>& spans) const 
 std::string Pattern::replace(std::string_view text, std::string_view content) const {
   std::vector<MatchSpan> spans;
   split(text, spans);
+  std::size_t size = 0;
+  for (const MatchSpan& span : spans) size += span.matched ? content.size() : span.end - span.begin;
+  check_growth(text.size(), size);
   std::string out;
-  out.reserve(text.size());
+  out.reserve(size);
   for (const MatchSpan& span : spans)
     out += span.matched ? content : text.substr(span.begin, span.end - span.begin);
   return out;

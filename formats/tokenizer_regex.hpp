@@ -43,12 +43,17 @@ class Pattern {
   static Pattern literal(std::string text);
   static Pattern regex(std::string_view text);
   void split(std::string_view text, std::vector<MatchSpan>& spans) const;
-  std::string replace(std::string_view text, std::string_view content) const;  // content is taken literally
+  // `content` is taken literally. Error(input) when the result would be absurdly long.
+  std::string replace(std::string_view text, std::string_view content) const;
 
  private:
   std::string literal_;
   std::unique_ptr<Regex> regex_;
 };
+
+// Steps that replace text can double it, and a file may list many of them. Error(input) when a text of
+// `before` bytes has become one of `after` that no real tokenizer would make.
+void check_growth(std::size_t before, std::size_t after);
 
 // The rewritten pattern (for tests).
 std::string translate_oniguruma(std::string_view pattern);

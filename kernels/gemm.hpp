@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/gemm_config.hpp"
+#include "kernels/profile.hpp"
 #include "kernels/types.hpp"
 
 namespace fireq::kernels {
@@ -26,6 +27,9 @@ struct GemmOptions {
   // activations, residual and output wait.
   bool programmatic = false;
   std::optional<GemmConfig> config;  // instead of the heuristic's choice
+  // For benches: device memory, one entry a CTA (two a multiprocessor at most); runs the kernel's profiled
+  // variant. Route::decode and Route::prefill only.
+  CtaProfile* profile = nullptr;
 };
 
 // Bytes of workspace that any gemm_w4a8 on this device may need, without the scratch of Route::cublas.

@@ -42,6 +42,8 @@ std::string to_string(const GemmConfig& config) {
   if (config.token_tile != 0) s += " n" + std::to_string(config.token_tile);
   if (config.route == Route::decode || config.route == Route::prefill)
     s += " c" + std::to_string(config.cluster);
+  if (!config.split_k) s += " whole";
+  if (config.per_sm != 1) s += " s" + std::to_string(config.per_sm);
   return s;
 }
 
@@ -52,10 +54,15 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
       for (const std::uint32_t tile : kDecodeTiles) {
         if (tile < tokens) continue;
         all.push_back({Route::decode, tile, 1});
+        all.push_back({Route::decode, tile, 1, 2});
         if (tile >= 16) all.push_back({Route::decode, tile, 2});
+        if (tile >= 32) all.push_back({Route::decode, tile, 2, 2});
       }
     }
-    for (const std::uint32_t tile : kPrefillTiles) all.push_back({Route::prefill, tile, 2});
+    for (const std::uint32_t tile : kPrefillTiles) {
+      all.push_back({Route::prefill, tile, 2});
+      all.push_back({Route::prefill, tile, 2, 1, false});
+    }
   }
   if (device.compute_capability >= 89) all.push_back({Route::cublas, 0, 1});
   all.push_back({Route::portable, 0, 1});
@@ -88,7 +95,22 @@ SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& 
   const std::uint64_t unit_cols = std::uint64_t{128} * decode_groups_per_unit(config.token_tile);
   return make_split_plan(static_cast<std::uint32_t>((rows + tile_rows - 1) / tile_rows),
                          static_cast<std::uint32_t>((cols + unit_cols - 1) / unit_cols),
-                         std::max(1U, multiprocessors / config.cluster), 4);
+                         std::max(1U, multiprocessors * config.per_sm / config.cluster), 4);
+}
+
+SplitPlan prefill_plan(std::uint64_t rows, std::uint64_t cols, std::uint64_t tokens, const GemmConfig& config,
+                       std::uint32_t multiprocessors) {
+  const std::uint64_t pair_rows = std::uint64_t{128} * config.cluster;
+  const std::uint64_t blocks =
+      (rows + pair_rows - 1) / pair_rows * ((tokens + config.token_tile - 1) / config.token_tile);
+  const std::uint32_t clusters = std::max(1U, multiprocessors / config.cluster);
+  SplitPlan plan = make_split_plan(static_cast<std::uint32_t>(blocks),
+                                   static_cast<std::uint32_t>((cols + 127) / 128), clusters, 4);
+  if (!config.split_k) {
+    plan.split_blocks = 0;
+    plan.workers = std::min(clusters, plan.blocks);
+  }
+  return plan;
 }
 
 }  // namespace fireq::kernels

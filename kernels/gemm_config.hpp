@@ -30,6 +30,9 @@ struct GemmConfig {
   Route route = Route::portable;
   std::uint32_t token_tile = 0;  // columns of the multiply: decode 8, 16, 32, 64; prefill 64, 128, 256
   std::uint32_t cluster = 1;     // CTAs that share a token tile
+  std::uint32_t per_sm =
+      1;  // decode: CTAs a multiprocessor; two hide latency, one leaves room for the next kernel
+  bool split_k = true;  // prefill: cut what does not fill a round of clusters along K
   bool operator==(const GemmConfig&) const = default;
 };
 
@@ -52,5 +55,7 @@ constexpr std::uint32_t decode_groups_per_unit(std::uint32_t token_tile) {
 }
 SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config,
                       std::uint32_t multiprocessors);
+SplitPlan prefill_plan(std::uint64_t rows, std::uint64_t cols, std::uint64_t tokens, const GemmConfig& config,
+                       std::uint32_t multiprocessors);
 
 }  // namespace fireq::kernels

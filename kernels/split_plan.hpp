@@ -21,15 +21,19 @@ struct SplitPlan {
   std::uint32_t workers = 0;        // all that run
   std::uint32_t split_blocks = 0;   // blocks [0, split_blocks) are shared
   std::uint32_t split_workers = 0;  // workers [0, split_workers) have a share, none of them empty
+  // Shares: the first `longer` workers take share + 1 units, the others `share`. Kept here so that the device
+  // divides as little as possible: a 64-bit division costs as much as fetching a stage.
+  std::uint32_t share = 0;
+  std::uint32_t longer = 0;
 
   FIREQ_HOST_DEVICE std::uint32_t split_units() const { return split_blocks * units; }
   // First unit of a worker's share, in units of all split blocks.
   FIREQ_HOST_DEVICE std::uint32_t share_begin(std::uint32_t worker) const {
-    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(worker) * split_units() / split_workers);
+    return worker * share + (worker < longer ? worker : longer);
   }
   FIREQ_HOST_DEVICE std::uint32_t worker_of(std::uint32_t unit) const {
-    return static_cast<std::uint32_t>(((static_cast<std::uint64_t>(unit) + 1) * split_workers - 1) /
-                                      split_units());
+    const std::uint32_t border = longer * (share + 1);
+    return unit < border ? unit / (share + 1) : longer + (unit - border) / share;
   }
   FIREQ_HOST_DEVICE std::uint32_t first_worker(std::uint32_t block) const { return worker_of(block * units); }
   FIREQ_HOST_DEVICE std::uint32_t last_worker(std::uint32_t block) const {
@@ -51,6 +55,8 @@ inline SplitPlan make_split_plan(std::uint32_t blocks, std::uint32_t units, std:
   if (crumbs && blocks >= workers) plan.split_blocks += workers;
   const std::uint32_t total = plan.split_units();
   plan.split_workers = total < workers ? (total == 0 ? 1 : total) : workers;
+  plan.share = total / plan.split_workers;
+  plan.longer = total % plan.split_workers;
   return plan;
 }
 

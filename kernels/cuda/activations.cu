@@ -1,6 +1,6 @@
 // Per-token FP8 quantisation, alone and behind RMSNorm or SiLU * up. One CTA a token: the row's bf16 values
-// stay in registers between the maximum and the rounding (up to 8192 a CTA pass of registers; longer rows are
-// computed twice), so memory is read once.
+// stay in registers between the maximum and the rounding, so memory is read once (row_kernel; rows that are
+// not aligned or longer than 32768 take activation_kernel, which computes what it cannot keep twice).
 #include <cuda_fp8.h>
 
 #include "kernels/activations.hpp"
@@ -55,7 +55,7 @@ __device__ float reduce(float v, Op op, float* scratch) {
 __device__ __forceinline__ void load_vector(const std::uint16_t* row, std::uint32_t k, std::uint32_t cols,
                                             bool vectors, float (&v)[kVector]) {
   if (vectors) {
-    const uint4 u = *reinterpret_cast<const uint4*>(row + k);
+    const uint4 u = __ldcg(reinterpret_cast<const uint4*>(row + k));
     const std::uint32_t w[4] = {u.x, u.y, u.z, u.w};
 #pragma unroll
     for (std::uint32_t i = 0; i < 4; ++i) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_vector(const std::uint16_t* row, std::uint3
   } else {
 #pragma unroll
     for (std::uint32_t i = 0; i < kVector; ++i)
-      v[i] = k + i < cols ? __uint_as_float(static_cast<std::uint32_t>(row[k + i]) << 16U) : 0.0F;
+      v[i] = k + i < cols ? __uint_as_float(static_cast<std::uint32_t>(__ldcg(row + k + i)) << 16U) : 0.0F;
   }
 }
 
@@ -220,6 +220,163 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
   }
 }
 
+// ---- rows that stay in registers
+// ----------------------------------------------------------------------------------------------
+// x / a by IEEE rules without its range checks: a correctly rounded reciprocal and two corrections. Right for
+// finite a >= 2^-29 wherever the quotient is not below half of FP8's smallest number.
+__device__ __forceinline__ float divide(float x, float a, float inverse) {
+  float q = __fmul_rn(x, inverse);
+  q = __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
+  return __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
+}
+
+__device__ __forceinline__ std::uint32_t* words(uint4& v) {
+  return reinterpret_cast<std::uint32_t*>(&v);
+}
+
+template <class Op>
+__device__ __forceinline__ float reduce_block(float v, Op op, float* scratch) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
+  const std::uint32_t warps = blockDim.x / 32;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = scratch[threadIdx.x % 32 < warps ? threadIdx.x % 32 : 0];
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
+  return v;
+}
+
+__device__ __forceinline__ std::uint32_t quantize_pair(std::uint32_t pair, float a, float inverse) {
+  const float2 q = make_float2(divide(low_half(pair), a, inverse), divide(high_half(pair), a, inverse));
+  return __nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3);
+}
+
+// The same as activation_kernel for 16-byte aligned rows of up to blockDim.x * kVectors vectors: every value
+// is loaded once, all loads before the first use, and kept as bf16.
+template <Kind kKind, std::uint32_t kVectors>
+__global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ float scratch[2][32];
+#if __CUDA_ARCH__ >= 900
+  ptx::launch_next_kernel();
+  ptx::wait_for_previous_kernel();
+#endif
+  const std::uint64_t m = blockIdx.x;
+  const std::uint32_t vectors = p.cols / kVector;
+  uint4 kept[kVectors];
+  uint4 second[kKind == Kind::plain ? 1 : kVectors];
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVectors; ++i) {
+    const std::uint32_t at = i * blockDim.x + threadIdx.x;
+    kept[i] = make_uint4(0, 0, 0, 0);
+    if (at < vectors) kept[i] = __ldcg(reinterpret_cast<const uint4*>(p.x + m * p.pitch) + at);
+    if constexpr (kKind != Kind::plain) {
+      second[i] = make_uint4(0, 0, 0, 0);
+      if (at < vectors && (kKind == Kind::silu || p.second != nullptr))
+        second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
+    }
+  }
+  if constexpr (kKind == Kind::silu) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVectors; ++i)
+#pragma unroll
+      for (std::uint32_t j = 0; j < 4; ++j) {
+        const std::uint32_t gate = words(kept[i])[j];
+        const std::uint32_t up = words(second[i])[j];
+        const float g0 = low_half(gate);
+        const float g1 = high_half(gate);
+        words(kept[i])[j] = ptx::pack_bf16(__fmul_rn(__fdividef(g0, 1.0F + __expf(-g0)), low_half(up)),
+                                           __fmul_rn(__fdividef(g1, 1.0F + __expf(-g1)), high_half(up)));
+      }
+  }
+  if constexpr (kKind == Kind::norm) {
+    float squares = 0.0F;
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVectors; ++i) {
+      const std::uint32_t at = i * blockDim.x + threadIdx.x;
+#pragma unroll
+      for (std::uint32_t j = 0; j < 4; ++j) {
+        std::uint32_t& h = words(kept[i])[j];
+        if (p.second != nullptr)
+          h = ptx::pack_bf16(low_half(h) + low_half(words(second[i])[j]),
+                             high_half(h) + high_half(words(second[i])[j]));
+        squares = __fmaf_rn(low_half(h), low_half(h), squares);
+        squares = __fmaf_rn(high_half(h), high_half(h), squares);
+      }
+      if (p.sum != nullptr && at < vectors) reinterpret_cast<uint4*>(p.sum + m * p.pitch)[at] = kept[i];
+    }
+    squares = reduce_block(
+        squares, [](float a, float b) { return a + b; }, scratch[0]);
+    const float inverse = __frsqrt_rn(__fdiv_rn(squares, static_cast<float>(p.cols)) + p.epsilon);
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVectors; ++i) {
+      const std::uint32_t at = i * blockDim.x + threadIdx.x;
+      if (at >= vectors) continue;
+      const float4* weight = reinterpret_cast<const float4*>(p.weight) + 2 * at;
+      const float4 w0 = __ldg(weight);
+      const float4 w1 = __ldg(weight + 1);
+      const float w[kVector] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+      for (std::uint32_t j = 0; j < 4; ++j) {
+        std::uint32_t& h = words(kept[i])[j];
+        h = ptx::pack_bf16(__fmul_rn(__fmul_rn(low_half(h), inverse), w[2 * j]),
+                           __fmul_rn(__fmul_rn(high_half(h), inverse), w[2 * j + 1]));
+      }
+    }
+  }
+  float largest = 0x1p-20F;
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVectors; ++i)
+#pragma unroll
+    for (std::uint32_t j = 0; j < 4; ++j)
+      largest =
+          fmaxf(largest, fmaxf(fabsf(low_half(words(kept[i])[j])), fabsf(high_half(words(kept[i])[j]))));
+  largest = reduce_block(
+      largest, [](float a, float b) { return fmaxf(a, b); }, scratch[1]);
+  const float a = __fmul_rn(largest, 1.0F / 448.0F);
+  if (threadIdx.x == 0) p.scale[m] = a;
+  const bool finite = largest < __uint_as_float(0x7f800000U);
+  const float inverse = __frcp_rn(a);
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVectors; ++i) {
+    const std::uint32_t at = i * blockDim.x + threadIdx.x;
+    if (at >= vectors) continue;
+    const std::uint32_t* v = words(kept[i]);
+    uint2 out;
+    if (finite) {
+      out.x = quantize_pair(v[0], a, inverse) | quantize_pair(v[1], a, inverse) << 16U;
+      out.y = quantize_pair(v[2], a, inverse) | quantize_pair(v[3], a, inverse) << 16U;
+    } else {  // the quotient by infinity: zero, or NaN for infinity itself
+      std::uint32_t w[2] = {0, 0};
+#pragma unroll
+      for (std::uint32_t j = 0; j < 8; ++j) {
+        const std::uint32_t bits = v[j / 2] >> (16 * (j % 2)) & 0xffffU;
+        const std::uint32_t byte = (bits & 0x7fffU) >= 0x7f80U ? 0x7fU : bits >> 8U & 0x80U;
+        w[j / 4] |= byte << (8 * (j % 4));
+      }
+      out = make_uint2(w[0], w[1]);
+    }
+    reinterpret_cast<uint2*>(p.x8 + m * p.out_pitch)[at] = out;
+  }
+}
+
+template <Kind kKind>
+void launch_rows(const ActivationParams& p, std::uint64_t tokens, const ActivationOptions& options,
+                 const char* what) {
+  const std::uint32_t vectors = p.cols / kVector;
+  const auto go = [&](auto kernel, std::uint32_t kept) {
+    const std::uint32_t threads = ((vectors + kept - 1) / kept + 31) / 32 * 32;
+    launch(kernel, {static_cast<std::uint32_t>(tokens), threads, 0, 1, options.programmatic, options.stream},
+           what, p);
+  };
+  if (vectors <= 256)
+    go(row_kernel<kKind, 1>, 1);
+  else if (vectors <= 1024)
+    go(row_kernel<kKind, 2>, 2);
+  else
+    go(row_kernel<kKind, 4>, 4);
+}
+
 template <Kind kKind>
 void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const QuantizedTokens& out,
          const ActivationOptions& options, const char* what) {
@@ -236,6 +393,10 @@ void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const Qua
   p.scale = out.scale;
   p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 &&
               aligned(p.x) && aligned(p.second) && aligned(p.sum) && aligned(p.x8);
+  constexpr std::uint32_t kMostKept = 1024 * 4;  // vectors of a row
+  const bool weights_fit = reinterpret_cast<std::uintptr_t>(p.weight) % 16 == 0;
+  if (p.vectors && weights_fit && cols / kVector <= kMostKept)
+    return launch_rows<kKind>(p, tokens, options, what);
   launch(activation_kernel<kKind>,
          {static_cast<std::uint32_t>(tokens), kThreads, 0, 1, options.programmatic, options.stream}, what, p);
 }

@@ -41,6 +41,7 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
   p.plan = decode_plan(w.rows, w.cols, config, multiprocessors);
   p.workspace = static_cast<uint4*>(options.workspace.data);
   p.dump = problem.dump;
+  p.profile = options.profile;
   p.groups = static_cast<std::uint32_t>(w.groups());
   p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
   const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
@@ -51,10 +52,12 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
                           Traits::kCluster,
                           options.programmatic,
                           options.stream};
-  if (problem.dump == nullptr)
-    launch(decode_kernel<Traits, false>, shape, "decode kernel", map, p);
+  if (problem.dump != nullptr)
+    launch(decode_kernel<Traits, Variant::dump>, shape, "decode kernel, operand dump", map, p);
+  else if (options.profile != nullptr)
+    launch(decode_kernel<Traits, Variant::profile>, shape, "decode kernel, profiled", map, p);
   else
-    launch(decode_kernel<Traits, true>, shape, "decode kernel, operand dump", map, p);
+    launch(decode_kernel<Traits, Variant::plain>, shape, "decode kernel", map, p);
 }
 
 template <std::uint32_t kTokens>
@@ -69,7 +72,8 @@ void launch_tokens(const GemmProblem& problem, const GemmConfig& config, std::ui
 }  // namespace
 
 std::size_t decode_workspace_bytes(std::uint32_t multiprocessors) {
-  return std::size_t{multiprocessors} * 2 * kTileRows * 64 * sizeof(float);
+  // Two CTAs a multiprocessor, two partial row tiles each.
+  return std::size_t{multiprocessors} * 4 * kTileRows * 64 * sizeof(float);
 }
 
 void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,

@@ -24,6 +24,8 @@
 #include <cstdint>
 
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/partials.cuh"
+#include "kernels/cuda/profile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -31,8 +33,6 @@
 
 namespace fireq::kernels {
 
-inline constexpr std::uint32_t kEmpty =
-    0xffffffffU;  // a NaN that arithmetic never makes (it makes 0x7fffffff)
 inline constexpr std::uint32_t kPromoteK = 2048;
 inline constexpr std::uint32_t kDecodeThreads = 320;
 inline constexpr std::uint32_t kDecodeSharedLimit =
@@ -46,6 +46,7 @@ struct DecodeParams {
   SplitPlan plan;
   uint4* workspace;
   std::uint8_t* dump;       // expanded operands [N, Kp], debug kernels only
+  CtaProfile* profile;      // [CTAs], profiled kernels only
   std::uint32_t groups;     // Kp / 128
   std::uint32_t row_tiles;  // ceil(N / 128)
 };
@@ -75,7 +76,7 @@ struct DecodeTraits {
   static constexpr std::uint32_t kWeightOffset = kSumOffset + (kSumsInShared ? 256 * kAccumulators * 4 : 0);
   static constexpr std::uint32_t kScaleOffset = kWeightOffset + kWeightStages * kWeightStageBytes;
   static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 64 * 4;
-  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages);
+  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages) + 8;
   static_assert(kSharedBytes <= kDecodeSharedLimit);
 };
 
@@ -101,13 +102,27 @@ struct DecodeShared {
   __device__ __forceinline__ std::uint32_t token_empty(std::uint32_t stage) const {
     return token_full(stage) + 8 * Traits::kTokenStages;
   }
+  __device__ __forceinline__ std::uint32_t scales_full() const {
+    return base + Traits::kBarrierOffset + 16 * (Traits::kWeightStages + Traits::kTokenStages);
+  }
 };
 
+template <class Traits>
+__device__ __forceinline__ void sync_at_start() {
+  if constexpr (Traits::kCluster == 1) {
+    ptx::named_barrier<kDecodeThreads>(0);
+  } else {
+    ptx::cluster_sync();
+  }
+}
+
+// Fills its ring once before it joins the others at the start: it initialised the barriers itself.
 template <class Traits>
 __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const DecodeShared<Traits>& shared,
                                               std::uint32_t worker) {
   const std::uint64_t policy = ptx::evict_first_policy();
   RingPosition<Traits::kWeightStages> ring;
+  std::uint32_t ahead = 0;
   SegmentWalk walk(p.plan, worker);
   Segment segment;
   while (walk.next(segment)) {
@@ -116,6 +131,8 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
     const std::uint32_t tile = min(segment.block * Traits::kCluster + shared.rank, p.row_tiles - 1);
     const std::uint8_t* source = p.tiles + static_cast<std::uint64_t>(tile) * p.groups * kTileBytes;
     for (std::uint32_t unit = segment.begin; unit < segment.end; ++unit) {
+      if (ahead == Traits::kWeightStages) sync_at_start<Traits>();
+      ++ahead;
       ptx::mbarrier_wait(shared.weight_empty(ring.index), ring.parity ^ 1U);
       if (ptx::elect_one()) {
         const std::uint32_t group = unit * Traits::kGroups;
@@ -128,6 +145,7 @@ __device__ __forceinline__ void fetch_weights(const DecodeParams& p, const Decod
       ring.advance();
     }
   }
+  if (ahead <= Traits::kWeightStages) sync_at_start<Traits>();
 }
 
 template <class Traits>
@@ -135,14 +153,26 @@ __device__ __forceinline__ void fetch_tokens(const DecodeParams& p, const CUtens
                                              const DecodeShared<Traits>& shared, float* scales,
                                              std::uint32_t worker, std::uint32_t lane) {
   ptx::wait_for_previous_kernel();
-  for (std::uint32_t m = lane; m < Traits::kTokens; m += 32)
-    scales[m] = m < p.output.tokens ? __ldcg(p.token_scale + m) : 0.0F;
-  __syncwarp();  // the first arrival on a token barrier publishes the scales
+  // The scales are asked for first and stored once the first copies are on their way.
+  float scale[(Traits::kTokens + 31) / 32];
+#pragma unroll
+  for (std::uint32_t i = 0; i < (Traits::kTokens + 31) / 32; ++i)
+    scale[i] = 32 * i + lane < p.output.tokens ? __ldcg(p.token_scale + 32 * i + lane) : 0.0F;
+  bool stored = false;
+  const auto store_scales = [&] {
+#pragma unroll
+    for (std::uint32_t i = 0; i < (Traits::kTokens + 31) / 32; ++i)
+      if (32 * i + lane < Traits::kTokens) scales[32 * i + lane] = scale[i];
+    __syncwarp();
+    ptx::mbarrier_arrive_if(shared.scales_full(), lane == 0);
+    stored = true;
+  };
   RingPosition<Traits::kTokenStages> ring;
   SegmentWalk walk(p.plan, worker);
   Segment segment;
   while (walk.next(segment)) {
     for (std::uint32_t unit = segment.begin; unit < segment.end; ++unit) {
+      if (!stored && ring.parity == 1) store_scales();
       ptx::mbarrier_wait(shared.token_empty(ring.index), ring.parity ^ 1U);
       if (ptx::elect_one()) {
         const std::uint32_t full = shared.token_full(ring.index);
@@ -164,56 +194,10 @@ __device__ __forceinline__ void fetch_tokens(const DecodeParams& p, const CUtens
       ring.advance();
     }
   }
+  if (!stored) store_scales();
 }
 
-__device__ __forceinline__ void publish(uint4* slot, const float* v) {
-  std::uint32_t w[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    w[i] = __float_as_uint(v[i]);
-    if (w[i] == kEmpty) w[i] = 0x7fffffffU;
-  }
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(slot), "r"(w[0]), "r"(w[1]),
-               "r"(w[2]), "r"(w[3])
-               : "memory");
-}
-__device__ __forceinline__ uint4 peek(const uint4* slot) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(slot)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ bool is_full(uint4 v) {
-  return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty;
-}
-
-// Adds the partial sums of `count` slots, `stride` apart, in order.
-__device__ __forceinline__ void gather(uint4* const (&slot)[4], std::uint32_t count, float (&sum)[4]) {
-  uint4 v[4];
-  bool full = false;
-  while (!full) {
-    full = true;
-#pragma unroll
-    for (std::uint32_t i = 0; i < 4; ++i)
-      if (i < count) v[i] = peek(slot[i]);
-#pragma unroll
-    for (std::uint32_t i = 0; i < 4; ++i)
-      if (i < count) full = full && is_full(v[i]);
-  }
-#pragma unroll
-  for (std::uint32_t i = 0; i < 4; ++i) {
-    if (i >= count) continue;
-    sum[0] += __uint_as_float(v[i].x);
-    sum[1] += __uint_as_float(v[i].y);
-    sum[2] += __uint_as_float(v[i].z);
-    sum[3] += __uint_as_float(v[i].w);
-    *slot[i] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-  }
-}
-
-template <class Traits, bool kDump>
+template <class Traits, Variant kVariant>
 class DecodeConsumer {
  public:
   __device__ __forceinline__ DecodeConsumer(const DecodeParams& p, const DecodeShared<Traits>& shared,
@@ -227,7 +211,7 @@ class DecodeConsumer {
         warp_(warp % 4),
         lane_(lane) {}
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     SegmentWalk walk(p_.plan, worker_);
     Segment segment;
     while (walk.next(segment)) {
@@ -235,8 +219,10 @@ class DecodeConsumer {
       const bool whole = segment.begin == 0 && segment.end == p_.plan.units;
       const RowTerms terms(p_.output, first_row(tile) + lane_ / 4);
       float acc[Traits::kAccumulators];
-      multiply(segment, tile, acc);
+      multiply(segment, tile, acc, watch);
+      watch.stamp(Stamp::multiplied);
       if (tile >= p_.row_tiles) continue;
+      ptx::mbarrier_wait(shared_.scales_full(), 0);
       if (whole) {
 #pragma unroll
         for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) {
@@ -246,10 +232,12 @@ class DecodeConsumer {
       } else {
         uint4* slot = partial(worker_, segment.block);
 #pragma unroll
-        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) publish(slot + 128 * j, acc + 4 * j);
+        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) publish(slot + 128 * j, as_words(acc + 4 * j));
       }
     }
+    watch.stamp(Stamp::stored);
     reduce();
+    watch.stamp(Stamp::reduced);
   }
 
  private:
@@ -271,7 +259,8 @@ class DecodeConsumer {
 
   // acc = sum over the segment's K of w8 x8^T.
   __device__ __forceinline__ void multiply(const Segment& segment, std::uint32_t tile,
-                                           float (&acc)[Traits::kAccumulators]) {
+                                           float (&acc)[Traits::kAccumulators],
+                                           Stopwatch<kVariant == Variant::profile>& watch) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
     float sum[Traits::kSumsInShared ? 1 : Traits::kAccumulators];
     const std::uint32_t sums =
@@ -287,7 +276,10 @@ class DecodeConsumer {
       for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
       pin(acc);
       for (; unit < stop; ++unit) {
+        watch.begin_wait();
         ptx::mbarrier_wait(shared_.weight_full(weights_.index), weights_.parity);
+        watch.end_wait(Waited::weights);
+        watch.stamp_once(Stamp::first_weights);
         const std::uint32_t half = shared_.weights(weights_.index) + group_ * kHalfBytes;
         WeightFragment fragment[Traits::kGroups];
 #pragma unroll
@@ -305,11 +297,16 @@ class DecodeConsumer {
             if (kg == 0 && s == 3) release_tokens(tokens_.previous(), unit != start);
             fragment[kg].expand(s, a[s]);
             pin(a[s]);
-            if constexpr (kDump)
+            if constexpr (kVariant == Variant::dump)
               if (tile < p_.row_tiles)
                 dump_fragment(p_.dump, p_.output.rows, p_.groups, first_row(tile),
                               unit * Traits::kGroups + kg, s, lane_, a[s]);
-            if (kg == 0 && s == 0) ptx::mbarrier_wait(shared_.token_full(tokens_.index), tokens_.parity);
+            if (kg == 0 && s == 0) {
+              watch.begin_wait();
+              ptx::mbarrier_wait(shared_.token_full(tokens_.index), tokens_.parity);
+              watch.end_wait(Waited::tokens);
+              watch.stamp_once(Stamp::first_tokens);
+            }
             wgmma_fence();
             Wgmma<Traits::kTokens>::multiply(acc, a[s],
                                              descriptor + kg * (Traits::kTokenGroupBytes / 16) + 2 * s);
@@ -381,7 +378,16 @@ class DecodeConsumer {
 #pragma unroll
           for (std::uint32_t i = 0; i < 4; ++i)
             slot[i] = partial(first + min(c + i, workers - 1), segment.block) + 128 * j;
-          gather(slot, workers - c, sum);
+          uint4 v[4];
+          collect(slot, workers - c, v);
+#pragma unroll
+          for (std::uint32_t i = 0; i < 4; ++i) {
+            if (c + i >= workers) continue;
+            sum[0] += __uint_as_float(v[i].x);
+            sum[1] += __uint_as_float(v[i].y);
+            sum[2] += __uint_as_float(v[i].z);
+            sum[3] += __uint_as_float(v[i].w);
+          }
         }
         __syncwarp();
         emit(terms, tile, j, sum);
@@ -397,7 +403,7 @@ class DecodeConsumer {
   RingPosition<Traits::kTokenStages> tokens_;
 };
 
-template <class Traits, bool kDump>
+template <class Traits, Variant kVariant>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     decode_kernel(const __grid_constant__ CUtensorMap token_map, const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
@@ -408,34 +414,38 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                               Traits::kCluster == 1 ? 0 : ptx::cluster_rank()};
   float* scales = reinterpret_cast<float*>(shared_bytes + Traits::kScaleOffset);
 
-  if (warp == 8 && ptx::elect_one()) {
-    ptx::tensor_prefetch(&token_map);
-    for (std::uint32_t i = 0; i < Traits::kWeightStages; ++i) {
-      ptx::mbarrier_init(shared.weight_full(i), 1);
-      ptx::mbarrier_init(shared.weight_empty(i), 8);
-    }
-    for (std::uint32_t i = 0; i < Traits::kTokenStages; ++i) {
-      ptx::mbarrier_init(shared.token_full(i), 1);
-      ptx::mbarrier_init(shared.token_empty(i), 8 * Traits::kCluster);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x,
-              kDecodeThreads);
-  if constexpr (Traits::kCluster == 1) {
-    __syncthreads();
-  } else {
-    ptx::cluster_sync();
-  }
-  ptx::launch_next_kernel();
+  Stopwatch<kVariant == Variant::profile> watch;
+  watch.stamp(Stamp::started);
 
+  // All CTAs are on the multiprocessors; the next kernel's may come as soon as there is room.
+  ptx::launch_next_kernel();
   const std::uint32_t worker = blockIdx.x / Traits::kCluster;
-  if (warp < 8) {
-    DecodeConsumer<Traits, kDump>(p, shared, scales, worker, warp, lane).run();
-  } else if (warp == 8) {
+  if (warp == 8) {
+    if (ptx::elect_one()) {
+      for (std::uint32_t i = 0; i < Traits::kWeightStages; ++i) {
+        ptx::mbarrier_init(shared.weight_full(i), 1);
+        ptx::mbarrier_init(shared.weight_empty(i), 8);
+      }
+      for (std::uint32_t i = 0; i < Traits::kTokenStages; ++i) {
+        ptx::mbarrier_init(shared.token_full(i), 1);
+        ptx::mbarrier_init(shared.token_empty(i), 8 * Traits::kCluster);
+      }
+      ptx::mbarrier_init(shared.scales_full(), 1);
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
     fetch_weights<Traits>(p, shared, worker);
-  } else {
+  } else if (warp == 9) {
+    if (ptx::elect_one()) ptx::tensor_prefetch(&token_map);
+    __syncwarp();
+    sync_at_start<Traits>();
     fetch_tokens<Traits>(p, &token_map, shared, scales, worker, lane);
+  } else {
+    build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
+    sync_at_start<Traits>();
+    watch.stamp(Stamp::ready);
+    DecodeConsumer<Traits, kVariant>(p, shared, scales, worker, warp, lane).run(watch);
+    if (threadIdx.x == 0) watch.write(p.profile);
   }
   // A CTA must not leave while the other may still write its shared memory or its barriers.
   if constexpr (Traits::kCluster > 1) {

@@ -11,7 +11,8 @@ namespace fireq::kernels {
 namespace {
 
 template <class Traits>
-void launch_traits(const GemmProblem& problem, std::uint32_t multiprocessors, const GemmOptions& options) {
+void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                   const GemmOptions& options) {
   const WeightRef& w = problem.w;
   PrefillParams p{};
   p.tiles = w.tiles;
@@ -26,7 +27,10 @@ void launch_traits(const GemmProblem& problem, std::uint32_t multiprocessors, co
               static_cast<std::uint32_t>(problem.x.tokens),
               static_cast<std::uint32_t>(w.rows)};
   std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
+  p.plan = prefill_plan(w.rows, w.cols, problem.x.tokens, config, multiprocessors);
+  p.workspace = static_cast<uint4*>(options.workspace.data);
   p.dump = problem.dump;
+  p.profile = options.profile;
   p.groups = static_cast<std::uint32_t>(w.groups());
   p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
   p.token_tiles = static_cast<std::uint32_t>((problem.x.tokens + Traits::kTokens - 1) / Traits::kTokens);
@@ -38,35 +42,44 @@ void launch_traits(const GemmProblem& problem, std::uint32_t multiprocessors, co
   p.partial_scale = std::ldexp(1.0F, -exponent);
   p.partial_unscale = std::ldexp(1.0F, exponent);
   p.tensor_output = problem.y.pitch % 8 == 0 && reinterpret_cast<std::uintptr_t>(problem.y.data) % 16 == 0;
+  p.vector_residual = problem.epilogue.residual_pitch % 8 == 0 &&
+                      reinterpret_cast<std::uintptr_t>(problem.epilogue.residual) % 16 == 0;
   const CUtensorMap token_map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
                                                 problem.x.pitch, Traits::kTokens / kPrefillCluster, kGroup);
   const CUtensorMap out_map = p.tensor_output
                                   ? make_tensor_map(problem.y.data, ElementType::bf16, problem.x.tokens,
                                                     w.rows, problem.y.pitch * 2, Traits::kTokens, kHalfRows)
                                   : token_map;
-  const std::uint32_t tiles = (p.row_tiles + kPrefillCluster - 1) / kPrefillCluster * p.token_tiles;
-  const std::uint32_t clusters = std::max(1U, std::min(multiprocessors / kPrefillCluster, tiles));
-  const LaunchShape shape{clusters * kPrefillCluster, kPrefillThreads, Traits::kSharedBytes, kPrefillCluster,
-                          options.programmatic,       options.stream};
-  if (problem.dump == nullptr)
-    launch(prefill_kernel<Traits, false>, shape, "prefill kernel", token_map, out_map, p);
+  const LaunchShape shape{p.plan.workers * kPrefillCluster,
+                          kPrefillThreads,
+                          Traits::kSharedBytes,
+                          kPrefillCluster,
+                          options.programmatic,
+                          options.stream};
+  if (problem.dump != nullptr)
+    launch(prefill_kernel<Traits, Variant::dump>, shape, "prefill kernel, operand dump", token_map, out_map,
+           p);
+  else if (options.profile != nullptr)
+    launch(prefill_kernel<Traits, Variant::profile>, shape, "prefill kernel, profiled", token_map, out_map,
+           p);
   else
-    launch(prefill_kernel<Traits, true>, shape, "prefill kernel, operand dump", token_map, out_map, p);
+    launch(prefill_kernel<Traits, Variant::plain>, shape, "prefill kernel", token_map, out_map, p);
 }
 
 }  // namespace
 
-std::size_t prefill_workspace_bytes(std::uint32_t) {
-  return 0;
+std::size_t prefill_workspace_bytes(std::uint32_t multiprocessors) {
+  return std::size_t{multiprocessors} * 2 * kTileRows * 256 *
+         sizeof(std::uint16_t);  // two partial tiles a CTA
 }
 
 void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                     const GemmOptions& options) {
   switch (config.token_tile) {
     case 128:
-      return launch_traits<PrefillTraits<128, 7>>(problem, multiprocessors, options);
+      return launch_traits<PrefillTraits<128, 7>>(problem, config, multiprocessors, options);
     case 256:
-      return launch_traits<PrefillTraits<256, 4>>(problem, multiprocessors, options);
+      return launch_traits<PrefillTraits<256, 4>>(problem, config, multiprocessors, options);
     default:
       throw Error(ErrorKind::usage, "no prefill kernel with this token tile").found(to_string(config));
   }

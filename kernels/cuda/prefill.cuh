@@ -9,6 +9,8 @@
 //   consumers
 // CTAs are persistent, in clusters of two along N: each fetches half of the token tile for both. Work goes in
 // groups of 2048 tokens, tokens fastest, so that a group's tokens and a few row tiles of weights stay in L2.
+// SplitPlan divides it: what does not fill a whole round of clusters is cut along K, done first, and summed
+// at the end from scaled FP16 partial sums in the workspace.
 //
 // The accumulators of FP8 wgmma keep about 13 bits below the running sum: at a K of more than kPromoteGroups
 // groups, partial sums wait in the output staging buffer as scaled FP16 pairs (2^-12 relative: far below what
@@ -21,9 +23,12 @@
 #include <cstdint>
 
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/partials.cuh"
+#include "kernels/cuda/profile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
+#include "kernels/split_plan.hpp"
 
 namespace fireq::kernels {
 
@@ -38,7 +43,10 @@ struct PrefillParams {
   const float* token_scale;
   OutputParams output;
   LevelsParam levels;
+  SplitPlan plan;  // blocks: pairs of row tiles x token tiles; units: K groups
+  uint4* workspace;
   std::uint8_t* dump;         // expanded operands [N, Kp], debug kernels only
+  CtaProfile* profile;        // [CTAs], profiled kernels only
   std::uint32_t groups;       // Kp / 128
   std::uint32_t row_tiles;    // ceil(N / 128)
   std::uint32_t token_tiles;  // ceil(M / kTokens)
@@ -46,6 +54,7 @@ struct PrefillParams {
   float partial_scale;        // a power of two that brings any partial sum into FP16's range
   float partial_unscale;      // its inverse
   bool tensor_output;         // output rows are 16-byte aligned: stored by the copy engine
+  bool vector_residual;       // residual rows are 16-byte aligned
 };
 
 template <std::uint32_t kTokens_, std::uint32_t kStages_>
@@ -83,93 +92,161 @@ struct PrefillShared {
   }
 };
 
-// The output tiles of one cluster, in raster order.
-class TileWalk {
- public:
-  __device__ __forceinline__ TileWalk(const PrefillParams& p, std::uint32_t tokens, std::uint32_t cluster,
-                                      std::uint32_t clusters)
-      : pairs_((p.row_tiles + kPrefillCluster - 1) / kPrefillCluster),
-        token_tiles_(p.token_tiles),
-        wide_(kRasterTokens / tokens),
-        next_(cluster),
-        step_(clusters) {}
-  __device__ __forceinline__ bool next(std::uint32_t& row_pair, std::uint32_t& token_tile) {
-    if (next_ >= pairs_ * token_tiles_) return false;
-    const std::uint32_t group = next_ / (pairs_ * wide_);
-    const std::uint32_t within = next_ - group * pairs_ * wide_;
-    const std::uint32_t width = min(wide_, token_tiles_ - group * wide_);
+// Where block `block` of the plan lies, in raster order.
+struct BlockPlace {
+  std::uint32_t row_pair, token_tile;
+  __device__ __forceinline__ BlockPlace(const PrefillParams& p, std::uint32_t tokens, std::uint32_t block) {
+    const std::uint32_t pairs = (p.row_tiles + kPrefillCluster - 1) / kPrefillCluster;
+    const std::uint32_t wide = kRasterTokens / tokens;
+    const std::uint32_t group = block / (pairs * wide);
+    const std::uint32_t within = block - group * pairs * wide;
+    const std::uint32_t width = min(wide, p.token_tiles - group * wide);
     row_pair = within / width;
-    token_tile = group * wide_ + within % width;
-    next_ += step_;
-    return true;
+    token_tile = group * wide + within - row_pair * width;
+  }
+};
+
+// The producer: weights of the first round before it joins the others at the start and waits for the kernel
+// before, whose time they use.
+template <class Traits>
+class PrefillProducer {
+ public:
+  __device__ __forceinline__ PrefillProducer(const PrefillParams& p, const CUtensorMap* token_map,
+                                             const PrefillShared<Traits>& shared, std::uint32_t worker)
+      : p_(p), token_map_(token_map), shared_(shared), worker_(worker) {}
+
+  __device__ __forceinline__ void fetch_first_weights() const {
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
+    std::uint32_t stage = 0;
+    while (stage < Traits::kStages && walk.next(segment)) {
+      const std::uint8_t* source = tile_of(BlockPlace(p_, Traits::kTokens, segment.block));
+      for (std::uint32_t g = segment.begin; g < segment.end && stage < Traits::kStages; ++g, ++stage) {
+        if (ptx::elect_one()) fetch_weights(source, g, stage);
+        __syncwarp();
+      }
+    }
+  }
+  __device__ __forceinline__ void run() const {
+    ptx::wait_for_previous_kernel();
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
+    RingPosition<Traits::kStages> ring;
+    std::uint32_t ahead = 0;
+    constexpr std::uint32_t kShare = Traits::kTokens / kPrefillCluster;
+    while (walk.next(segment)) {
+      const BlockPlace place(p_, Traits::kTokens, segment.block);
+      const std::uint8_t* source = tile_of(place);
+      const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank * kShare;
+      for (std::uint32_t g = segment.begin; g < segment.end; ++g) {
+        ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
+        if (ptx::elect_one()) {
+          if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
+          ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank * kShare * kGroup, token_map_,
+                                     g * kGroup, first_token, shared_.full(ring.index),
+                                     (1U << kPrefillCluster) - 1U);
+        }
+        __syncwarp();
+        ring.advance();
+        ++ahead;
+      }
+    }
   }
 
  private:
-  std::uint32_t pairs_, token_tiles_, wide_, next_, step_;
+  // With an odd number of row tiles the last pair's second CTA computes the last tile again and stores
+  // nothing.
+  __device__ __forceinline__ const std::uint8_t* tile_of(const BlockPlace& place) const {
+    const std::uint32_t tile = min(place.row_pair * kPrefillCluster + shared_.rank, p_.row_tiles - 1);
+    return p_.tiles + static_cast<std::uint64_t>(tile) * p_.groups * kTileBytes;
+  }
+  __device__ __forceinline__ void fetch_weights(const std::uint8_t* source, std::uint32_t g,
+                                                std::uint32_t stage) const {
+    ptx::mbarrier_expect(shared_.full(stage), kTileBytes + Traits::kTokenBytes);
+    ptx::bulk_load(shared_.weights(stage), source + static_cast<std::uint64_t>(g) * kTileBytes, kTileBytes,
+                   shared_.full(stage));
+  }
+
+  const PrefillParams& p_;
+  const CUtensorMap* token_map_;
+  const PrefillShared<Traits>& shared_;
+  std::uint32_t worker_;
 };
 
-template <class Traits>
-__device__ __forceinline__ void fetch_stages(const PrefillParams& p, const CUtensorMap* token_map,
-                                             const PrefillShared<Traits>& shared, TileWalk walk) {
-  ptx::wait_for_previous_kernel();
-  RingPosition<Traits::kStages> ring;
-  std::uint32_t row_pair, token_tile;
-  while (walk.next(row_pair, token_tile)) {
-    // With an odd number of row tiles the last pair's second CTA computes the last tile again and stores
-    // nothing.
-    const std::uint32_t tile = min(row_pair * kPrefillCluster + shared.rank, p.row_tiles - 1);
-    const std::uint8_t* source = p.tiles + static_cast<std::uint64_t>(tile) * p.groups * kTileBytes;
-    constexpr std::uint32_t kShare = Traits::kTokens / kPrefillCluster;
-    const std::uint32_t first_token = token_tile * Traits::kTokens + shared.rank * kShare;
-    for (std::uint32_t g = 0; g < p.groups; ++g) {
-      ptx::mbarrier_wait(shared.empty(ring.index), ring.parity ^ 1U);
-      if (ptx::elect_one()) {
-        const std::uint32_t full = shared.full(ring.index);
-        ptx::mbarrier_expect(full, kTileBytes + Traits::kTokenBytes);
-        ptx::bulk_load(shared.weights(ring.index), source + static_cast<std::uint64_t>(g) * kTileBytes,
-                       kTileBytes, full);
-        ptx::tensor_load_multicast(shared.tokens(ring.index) + shared.rank * kShare * kGroup, token_map,
-                                   g * kGroup, first_token, full, (1U << kPrefillCluster) - 1U);
-      }
-      __syncwarp();
-      ring.advance();
-    }
-  }
-}
-
-template <class Traits, bool kDump>
+template <class Traits, Variant kVariant>
 class PrefillConsumer {
  public:
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& p, const CUtensorMap* out_map,
-                                             const PrefillShared<Traits>& shared, std::uint32_t warp,
-                                             std::uint32_t lane)
-      : p_(p), out_map_(out_map), shared_(shared), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
+                                             const PrefillShared<Traits>& shared, std::uint32_t worker,
+                                             std::uint32_t warp, std::uint32_t lane)
+      : p_(p),
+        out_map_(out_map),
+        shared_(shared),
+        worker_(worker),
+        group_(warp / 4),
+        warp_(warp % 4),
+        lane_(lane) {}
 
-  __device__ __forceinline__ void run(TileWalk walk) {
-    std::uint32_t row_pair, token_tile;
+  __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
+    ptx::wait_for_previous_kernel();  // token scales and residual are its results
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
     float acc[Traits::kAccumulators];
-    while (walk.next(row_pair, token_tile)) {
-      const std::uint32_t tile = row_pair * kPrefillCluster + shared_.rank;
-      const std::uint32_t row = tile * kTileRows + group_ * kHalfRows;  // of this warpgroup
+    while (walk.next(segment)) {
+      const BlockPlace place(p_, Traits::kTokens, segment.block);
+      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+      const std::uint32_t row = first_row(tile);
+      const std::uint32_t first_token = place.token_tile * Traits::kTokens;
       const RowTerms terms(p_.output, row + 16 * warp_ + lane_ / 4);
+      float scale[kScales];  // of token 32 i + lane
+#pragma unroll
+      for (std::uint32_t i = 0; i < kScales; ++i) scale[i] = token_scale(first_token + 32 * i + lane_);
       staging_free_ = false;
-      for (std::uint32_t g = 0; g < p_.groups; g += p_.chunk) {
-        const std::uint32_t stop = min(g + p_.chunk, p_.groups);
-        multiply(g, stop, row, token_tile, acc);
-        if (g != 0) add_partial(acc);
-        if (stop != p_.groups) store_partial(acc);
+      for (std::uint32_t g = segment.begin; g < segment.end; g += p_.chunk) {
+        const std::uint32_t stop = min(g + p_.chunk, segment.end);
+        multiply(g, stop, row, place.token_tile, acc, watch);
+        watch.begin_wait();
+        if (g != segment.begin) add_partial(acc);
+        if (stop != segment.end) store_partial(acc);
+        watch.end_wait(Waited::epilogue);
       }
-      if (tile < p_.row_tiles) emit(terms, row, token_tile * Traits::kTokens, acc);
+      watch.stamp(Stamp::multiplied);
+      if (tile >= p_.row_tiles) continue;
+      watch.begin_wait();
+      if (segment.begin == 0 && segment.end == p_.plan.units) {
+        emit(terms, scale, row, first_token, acc);
+      } else {
+        uint4* slot = partial(worker_, segment.block);
+#pragma unroll
+        for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
+      }
+      watch.end_wait(Waited::epilogue);
     }
+    watch.stamp(Stamp::stored);
+    reduce();
+    watch.stamp(Stamp::reduced);
     if (first_thread()) ptx::store_wait_read();
   }
 
  private:
-  __device__ __forceinline__ bool first_thread() const { return warp_ == 0 && lane_ == 0; }
+  static constexpr std::uint32_t kScales = Traits::kTokens / 32;
+  static constexpr std::uint32_t kPieces = Traits::kTokens / 16;  // of 64 rows x 16 tokens
+
+  __device__ __forceinline__ bool first_thread() const {
+    return warp_ == 0 && lane_ == 0;
+  }
+  __device__ __forceinline__ std::uint32_t first_row(std::uint32_t tile) const {
+    return tile * kTileRows + group_ * kHalfRows;
+  }
+  __device__ __forceinline__ float token_scale(std::uint32_t token) const {
+    return token < p_.output.tokens ? __ldcg(p_.token_scale + token) : 0.0F;
+  }
   __device__ __forceinline__ std::uint32_t staging() const {
     return shared_.base + Traits::kStagingOffset + group_ * Traits::kStagingBytes;
   }
-  __device__ __forceinline__ void sync() const { ptx::named_barrier<128>(1 + group_); }
+  __device__ __forceinline__ void sync() const {
+    ptx::named_barrier<128>(1 + group_);
+  }
   // The tile before may still be on its way out of the staging buffer.
   __device__ __forceinline__ void claim_staging() {
     if (staging_free_) return;
@@ -179,14 +256,18 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t stop, std::uint32_t row,
-                                           std::uint32_t token_tile, float (&acc)[Traits::kAccumulators]) {
+                                           std::uint32_t token_tile, float (&acc)[Traits::kAccumulators],
+                                           Stopwatch<kVariant == Variant::profile>& watch) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
     std::uint32_t a[4][4];
 #pragma unroll
     for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
     pin(acc);
     for (std::uint32_t g = start; g < stop; ++g) {
+      watch.begin_wait();
       ptx::mbarrier_wait(shared_.full(ring_.index), ring_.parity);
+      watch.end_wait(Waited::weights);
+      watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
       const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(ring_.index));
@@ -196,7 +277,7 @@ class PrefillConsumer {
         if (s == 3) release(ring_.previous(), g != start);
         fragment.expand(s, a[s]);
         pin(a[s]);
-        if constexpr (kDump)
+        if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
             dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, g, s, lane_, a[s]);
         wgmma_fence();
@@ -215,76 +296,191 @@ class PrefillConsumer {
     ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), lane_, condition && lane_ < kPrefillCluster);
   }
 
+  // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
+  __device__ __forceinline__ uint4 pack(const float* v) const {
+    std::uint32_t w[4];
+#pragma unroll
+    for (std::uint32_t j = 0; j < 4; ++j) {
+      const __half2 h = __floats2half2_rn(v[2 * j] * p_.partial_scale, v[2 * j + 1] * p_.partial_scale);
+      w[j] = *reinterpret_cast<const std::uint32_t*>(&h);
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+  }
+  __device__ __forceinline__ void add(uint4 packed, float* v) const {
+    const std::uint32_t w[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (std::uint32_t j = 0; j < 4; ++j) {
+      const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w[j]));
+      v[2 * j] = __fmaf_rn(f.x, p_.partial_unscale, v[2 * j]);
+      v[2 * j + 1] = __fmaf_rn(f.y, p_.partial_unscale, v[2 * j + 1]);
+    }
+  }
+
   __device__ __forceinline__ std::uint32_t partial_address(std::uint32_t i) const {
     return staging() + 2048 * i + 16 * (32 * warp_ + lane_);
   }
   __device__ __forceinline__ void store_partial(const float (&acc)[Traits::kAccumulators]) {
     claim_staging();
 #pragma unroll
-    for (std::uint32_t i = 0; i < Traits::kAccumulators / 8; ++i) {
-      std::uint32_t w[4];
-#pragma unroll
-      for (std::uint32_t j = 0; j < 4; ++j) {
-        const __half2 h = __floats2half2_rn(acc[8 * i + 2 * j] * p_.partial_scale,
-                                            acc[8 * i + 2 * j + 1] * p_.partial_scale);
-        w[j] = *reinterpret_cast<const std::uint32_t*>(&h);
-      }
-      ptx::store_shared_16(partial_address(i), make_uint4(w[0], w[1], w[2], w[3]));
-    }
+    for (std::uint32_t i = 0; i < kPieces; ++i) ptx::store_shared_16(partial_address(i), pack(acc + 8 * i));
   }
   __device__ __forceinline__ void add_partial(float (&acc)[Traits::kAccumulators]) const {
 #pragma unroll
-    for (std::uint32_t i = 0; i < Traits::kAccumulators / 8; ++i) {
-      const uint4 v = ptx::load_shared_16(partial_address(i));
-      const std::uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    for (std::uint32_t i = 0; i < kPieces; ++i) add(ptx::load_shared_16(partial_address(i)), acc + 8 * i);
+  }
+
+  // The staging buffer holds [token][64 rows] bf16, the 16-byte chunk c of a token at c ^ (token % 8).
+  __device__ __forceinline__ std::uint32_t staged(std::uint32_t token, std::uint32_t chunk) const {
+    return staging() + token * 128 + ((chunk ^ (token & 7U)) << 4U);
+  }
+  // Chunk i of this thread: 8 rows of one token.
+  struct Chunk {
+    std::uint32_t token, row;  // of the output
+    std::uint32_t address;
+    bool whole;          // all 8 rows exist
+    std::uint32_t rows;  // how many of them
+  };
+  __device__ __forceinline__ Chunk chunk_of(std::uint32_t i, std::uint32_t row,
+                                            std::uint32_t first_token) const {
+    const std::uint32_t index = 128 * i + 32 * warp_ + lane_;
+    Chunk c;
+    c.token = first_token + index / 8;
+    c.row = row + index % 8 * 8;
+    c.address = staged(index / 8, index % 8);
+    c.whole = c.token < p_.output.tokens && c.row + 8 <= p_.output.rows;
+    c.rows = c.token < p_.output.tokens && c.row < p_.output.rows ? min(8U, p_.output.rows - c.row) : 0;
+    return c;
+  }
+  __device__ __forceinline__ void load_residual(std::uint32_t row, std::uint32_t first_token) const {
+#pragma unroll 4
+    for (std::uint32_t i = 0; i < Traits::kTokens / 16; ++i) {
+      const Chunk c = chunk_of(i, row, first_token);
+      const std::uint16_t* source = p_.output.residual + c.token * p_.output.residual_pitch + c.row;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (p_.vector_residual && c.whole) {
+        v = __ldcg(reinterpret_cast<const uint4*>(source));
+      } else {
+        std::uint32_t w[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (std::uint32_t j = 0; j < 4; ++j) {
-        const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w[j]));
-        acc[8 * i + 2 * j] = __fmaf_rn(f.x, p_.partial_unscale, acc[8 * i + 2 * j]);
-        acc[8 * i + 2 * j + 1] = __fmaf_rn(f.y, p_.partial_unscale, acc[8 * i + 2 * j + 1]);
+        for (std::uint32_t j = 0; j < 8; ++j)
+          if (j < c.rows) w[j / 2] |= static_cast<std::uint32_t>(__ldcg(source + j)) << (16 * (j % 2));
+        v = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+      ptx::store_shared_16(c.address, v);
+    }
+  }
+  __device__ __forceinline__ void copy_out(std::uint32_t row, std::uint32_t first_token) const {
+#pragma unroll 1
+    for (std::uint32_t i = 0; i < Traits::kTokens / 16; ++i) {
+      const Chunk c = chunk_of(i, row, first_token);
+      const uint4 v = ptx::load_shared_16(c.address);
+      const std::uint32_t w[4] = {v.x, v.y, v.z, v.w};
+      std::uint16_t* to = p_.output.out + c.token * p_.output.out_pitch + c.row;
+      if (p_.tensor_output && c.whole) {
+        *reinterpret_cast<uint4*>(to) = v;
+      } else {
+#pragma unroll
+        for (std::uint32_t j = 0; j < 8; ++j)
+          if (j < c.rows) to[j] = static_cast<std::uint16_t>(w[j / 2] >> (16 * (j % 2)));
       }
     }
   }
 
-  __device__ __forceinline__ void emit(const RowTerms& terms, std::uint32_t row, std::uint32_t first_token,
+  __device__ __forceinline__ void emit(const RowTerms& terms, const float (&scale)[kScales],
+                                       std::uint32_t row, std::uint32_t first_token,
                                        float (&acc)[Traits::kAccumulators]) {
-    if (p_.tensor_output) {
-      // The partial sums of other threads may still be in the staging buffer: all of them have to be read
-      // first.
-      if (staging_free_) sync();
-      claim_staging();
+    // Other threads may still read partial sums or the tile before from the staging buffer.
+    if (staging_free_) sync();
+    claim_staging();
+    const bool residual = p_.output.residual != nullptr;
+    if (residual) {
+      load_residual(row, first_token);
+      sync();
     }
-    const std::uint32_t m = lane_ % 8;
+    // Matrix q of a move: tokens of block j + q / 2, rows 8 (q % 2) on: 16-byte chunk 2 warp + q % 2.
     const std::uint32_t matrix = lane_ / 8;
-    // Matrix q of a store: tokens of block j + q / 2, rows 8 (q % 2) on: 16-byte chunk 2 warp + q % 2 of the
-    // token's 128 bytes.
-    const std::uint32_t to =
-        staging() + ((matrix / 2) * 8 + m) * 128 + (((2 * warp_ + matrix % 2) ^ m) << 4U);
+    const std::uint32_t at = staged((matrix / 2) * 8 + lane_ % 8, 2 * warp_ + matrix % 2);
 #pragma unroll
     for (std::uint32_t j = 0; j < Traits::kTokens / 8; j += 2) {
-      float v[2][4];
+      std::uint32_t w[4];
+      if (residual) ptx::load_matrices_transposed(at + j * 1024, w);
 #pragma unroll
       for (std::uint32_t b = 0; b < 2; ++b) {
+        float* v = acc + 4 * (j + b);
+        const std::uint32_t from = (j + b) % 4 * 8 + 2 * (lane_ % 4);
+        const float a0 = __shfl_sync(0xffffffffU, scale[(j + b) / 4], static_cast<int>(from));
+        const float a1 = __shfl_sync(0xffffffffU, scale[(j + b) / 4], static_cast<int>(from + 1));
 #pragma unroll
-        for (std::uint32_t i = 0; i < 4; ++i) v[b][i] = acc[4 * (j + b) + i];
-        const std::uint32_t token = first_token + 8 * (j + b) + 2 * (lane_ % 4);
-        const float a0 = token < p_.output.tokens ? __ldcg(p_.token_scale + token) : 0.0F;
-        const float a1 = token + 1 < p_.output.tokens ? __ldcg(p_.token_scale + token + 1) : 0.0F;
-        finish_block(p_.output, terms, row + 16 * warp_ + lane_ / 4, token, a0, a1, v[b]);
-        if (!p_.tensor_output)
-          store_block(p_.output, row + 16 * warp_, first_token + 8 * (j + b), lane_, v[b]);
+        for (std::uint32_t i = 0; i < 2; ++i) {
+          v[2 * i] = __fmul_rn(__fmul_rn(a0, terms.scale[i]), v[2 * i]) + terms.bias[i];
+          v[2 * i + 1] = __fmul_rn(__fmul_rn(a1, terms.scale[i]), v[2 * i + 1]) + terms.bias[i];
+          if (residual) {
+            v[2 * i] += __uint_as_float(w[2 * b + i] << 16U);
+            v[2 * i + 1] += __uint_as_float(w[2 * b + i] & 0xffff0000U);
+          }
+          w[2 * b + i] = ptx::pack_bf16(v[2 * i], v[2 * i + 1]);
+        }
       }
-      if (p_.tensor_output)
-        ptx::store_matrices_transposed(to + j * 1024, ptx::pack_bf16(v[0][0], v[0][1]),
-                                       ptx::pack_bf16(v[0][2], v[0][3]), ptx::pack_bf16(v[1][0], v[1][1]),
-                                       ptx::pack_bf16(v[1][2], v[1][3]));
+      ptx::store_matrices_transposed(at + j * 1024, w[0], w[1], w[2], w[3]);
     }
-    if (p_.tensor_output) {
-      ptx::fence_async_proxy();
-      sync();
-      if (first_thread()) {
-        ptx::tensor_store(out_map_, staging(), row, first_token);
-        ptx::store_commit();
+    // The copy engine clips a box at the matrix's edge in steps of 16 bytes: it would write behind a row
+    // whose length is no multiple of that.
+    const bool by_engine = p_.tensor_output && (p_.output.rows % 8 == 0 || row + kHalfRows <= p_.output.rows);
+    if (by_engine) ptx::fence_async_proxy();
+    sync();
+    if (!by_engine) {
+      copy_out(row, first_token);
+    } else if (first_thread()) {
+      ptx::tensor_store(out_map_, staging(), row, first_token);
+      ptx::store_commit();
+    }
+  }
+
+  __device__ __forceinline__ uint4* partial(std::uint32_t worker, std::uint32_t block) const {
+    const std::uint64_t cta = static_cast<std::uint64_t>(worker) * kPrefillCluster + shared_.rank;
+    const std::uint64_t slot = (cta * 2 + partial_slot(p_.plan, worker, block)) * 2 + group_;
+    return p_.workspace + slot * (128 * kPieces) + 32 * warp_ + lane_;
+  }
+  // Sums and stores this worker's pieces of the blocks that it shares.
+  __device__ __forceinline__ void reduce() const {
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
+    while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
+      const BlockPlace place(p_, Traits::kTokens, segment.block);
+      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+      if ((segment.begin == 0 && segment.end == p_.plan.units) || tile >= p_.row_tiles) continue;
+      const std::uint32_t first = p_.plan.first_worker(segment.block);
+      const std::uint32_t workers = p_.plan.last_worker(segment.block) - first + 1;
+      const std::uint32_t row = first_row(tile) + 16 * warp_;
+      const RowTerms terms(p_.output, row + lane_ / 4);
+      for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
+        if ((group_ * kPieces + piece) % workers != worker_ - first) continue;
+        const std::uint32_t first_token = place.token_tile * Traits::kTokens + 16 * piece;
+        float a[4];
+#pragma unroll
+        for (std::uint32_t i = 0; i < 4; ++i)
+          a[i] = token_scale(first_token + 8 * (i / 2) + 2 * (lane_ % 4) + i % 2);
+        float sum[8] = {};
+        constexpr std::uint32_t kSlots = 8;
+        for (std::uint32_t c = 0; c < workers; c += kSlots) {
+          uint4* slot[kSlots];
+#pragma unroll
+          for (std::uint32_t i = 0; i < kSlots; ++i)
+            slot[i] = partial(first + min(c + i, workers - 1), segment.block) + 128 * piece;
+          uint4 v[kSlots];
+          collect(slot, workers - c, v);
+#pragma unroll
+          for (std::uint32_t i = 0; i < kSlots; ++i)
+            if (c + i < workers) add(v[i], sum);
+        }
+        __syncwarp();
+#pragma unroll
+        for (std::uint32_t b = 0; b < 2; ++b) {
+          float v[4] = {sum[4 * b], sum[4 * b + 1], sum[4 * b + 2], sum[4 * b + 3]};
+          const std::uint32_t token = first_token + 8 * b;
+          finish_block(p_.output, terms, row + lane_ / 4, token + 2 * (lane_ % 4), a[2 * b], a[2 * b + 1], v);
+          store_block(p_.output, row, token, lane_, v);
+        }
       }
     }
   }
@@ -292,12 +488,12 @@ class PrefillConsumer {
   const PrefillParams& p_;
   const CUtensorMap* out_map_;
   const PrefillShared<Traits>& shared_;
-  std::uint32_t group_, warp_, lane_;
+  std::uint32_t worker_, group_, warp_, lane_;
   bool staging_free_ = false;
   RingPosition<Traits::kStages> ring_;
 };
 
-template <class Traits, bool kDump>
+template <class Traits, Variant kVariant>
 __global__ void __launch_bounds__(kPrefillThreads, 1)
     prefill_kernel(const __grid_constant__ CUtensorMap token_map, const __grid_constant__ CUtensorMap out_map,
                    const __grid_constant__ PrefillParams p) {
@@ -306,27 +502,38 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   const std::uint32_t lane = ptx::lane_index();
   const PrefillShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
                                      ptx::cluster_rank()};
-  if (warp == 8 && ptx::elect_one()) {
-    ptx::tensor_prefetch(&token_map);
-    ptx::tensor_prefetch(&out_map);
-    for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
-      ptx::mbarrier_init(shared.full(i), 1);
-      ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
-    }
-    ptx::mbarrier_init_fence();
-  }
-  build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x,
-              kPrefillThreads);
-  ptx::cluster_sync();
+  const std::uint32_t worker = blockIdx.x / kPrefillCluster;
+  Stopwatch<kVariant == Variant::profile> watch;
+  watch.stamp(Stamp::started);
   ptx::launch_next_kernel();
-
-  const TileWalk walk(p, Traits::kTokens, blockIdx.x / kPrefillCluster, gridDim.x / kPrefillCluster);
   if (warp < 8) {
+    build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
+    ptx::cluster_sync();
     ptx::registers_increase<232>();
-    PrefillConsumer<Traits, kDump>(p, &out_map, shared, warp, lane).run(walk);
+    watch.stamp(Stamp::ready);
+    PrefillConsumer<Traits, kVariant>(p, &out_map, shared, worker, warp, lane).run(watch);
+    if (threadIdx.x == 0) watch.write(p.profile);
   } else {
+    const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
+    if (warp == 8) {
+      if (ptx::elect_one()) {
+        for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
+          ptx::mbarrier_init(shared.full(i), 1);
+          ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
+        }
+        ptx::mbarrier_init_fence();
+      }
+      __syncwarp();
+      producer.fetch_first_weights();
+      if (ptx::elect_one()) {
+        ptx::tensor_prefetch(&token_map);
+        ptx::tensor_prefetch(&out_map);
+      }
+      __syncwarp();
+    }
+    ptx::cluster_sync();
     ptx::registers_decrease<40>();
-    if (warp == 8) fetch_stages<Traits>(p, &token_map, shared, walk);
+    if (warp == 8) producer.run();
   }
   // A CTA must not leave while the other may still write its shared memory or its barriers.
   __syncwarp();

@@ -202,6 +202,13 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+// The inverse: what store_matrices_transposed(address, r[0], ...) stored there.
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t address, std::uint32_t (&r)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
 // Two floats to packed bf16, `low` in the low half.
 __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
   std::uint32_t r;

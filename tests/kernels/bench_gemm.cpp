@@ -57,7 +57,7 @@ struct Arguments {
   std::string json;
   double milliseconds = 4;
   int rounds = 3;
-  bool bf16 = false, check = true, serial = false;
+  bool bf16 = false, check = true, serial = false, profile = false;
 };
 
 struct Candidate {
@@ -141,10 +141,12 @@ class Bench {
           o.stream = stream;
           WeightRef wi = w;
           wi.tiles = tiles.get() + static_cast<std::size_t>(next_++) % copies * tile_bytes;
-          (void)i;
+          if (i < 0) o.profile = profiles_.get() + static_cast<std::size_t>(-i - 1) * kMostCtas;
           gemm_w4a8(x, wi, {y.get(), s.n}, {}, o);
         };
         if (args_.check && config.route != Route::portable) verify(x, w, tiles.get(), y, s, config, options);
+        if (args_.profile && (config.route == Route::decode || config.route == Route::prefill))
+          profile(name, s, m, options, launch);
         candidates.push_back({name, std::make_unique<Chain>(launches, launch), {}, 0});
       }
       std::unique_ptr<CublasGemm> fp8_gemm, bf16_gemm;
@@ -172,6 +174,28 @@ class Bench {
   }
 
  private:
+  static constexpr std::size_t kMostCtas = 512, kProfiled = 6;
+
+  void profile(const std::string& name, const Shape& s, std::uint64_t m, const GemmOptions&,
+               const std::function<void(int, cudaStream_t)>& launch) {
+    if (profiles_.size() == 0) profiles_ = DeviceBuffer<CtaProfile>(kMostCtas * kProfiled);
+    std::vector<CtaProfile> all;
+    for (int warm = 0; warm < 2; ++warm) {
+      profiles_.fill(0);
+      cuda_ok(cudaDeviceSynchronize(), "profile");
+      for (int i = 0; i < static_cast<int>(kProfiled); ++i) launch(-i - 1, nullptr);
+      cuda_ok(cudaDeviceSynchronize(), "profile");
+      all = profiles_.download();
+    }
+    const auto part = [&](std::size_t i) {
+      return std::vector<CtaProfile>(all.begin() + static_cast<std::ptrdiff_t>(i * kMostCtas),
+                                     all.begin() + static_cast<std::ptrdiff_t>((i + 1) * kMostCtas));
+    };
+    std::printf("  profile %llux%llu M %llu %s:%s\n", static_cast<unsigned long long>(s.n),
+                static_cast<unsigned long long>(s.k), static_cast<unsigned long long>(m), name.c_str(),
+                describe_profile(part(kProfiled - 3), part(kProfiled - 2)).c_str());
+  }
+
   // The configuration's output against the portable kernel's, on the first copy of the weights.
   void verify(const TokensRef& x, WeightRef w, const std::uint8_t* tiles,
               const DeviceBuffer<std::uint16_t>& y, const Shape& s, const GemmConfig& config,
@@ -279,6 +303,7 @@ class Bench {
   const DeviceInfo& device_;
   Card card_;
   DeviceBuffer<std::uint8_t> workspace_;
+  DeviceBuffer<CtaProfile> profiles_;
   std::size_t next_ = 0;  // weight copy of the next launch
   std::map<std::string, double> error_;
   nlohmann::json results_ = nlohmann::json::array();
@@ -298,6 +323,7 @@ int main_checked(int argc, char** argv) {
   app.add_flag("--bf16", args.bf16, "cuBLASLt bf16 too");
   app.add_flag("!--no-check", args.check, "do not compare outputs with the portable kernel");
   app.add_flag("--serial", args.serial, "no programmatic dependent launch");
+  app.add_flag("--profile", args.profile, "also where a launch's time goes, stage by stage");
   CLI11_PARSE(app, argc, argv);
   const DeviceInfo device = current_device();
   std::printf("%s, %u multiprocessors, %s\n", device.name.c_str(), device.multiprocessors,

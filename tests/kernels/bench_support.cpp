@@ -3,8 +3,10 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <random>
 #include <stdexcept>
 
@@ -91,6 +93,36 @@ unsigned sm_clock_mhz() {
       reinterpret_cast<ClockInfo>(dlsym(dlopen("libnvidia-ml.so.1", RTLD_NOW), "nvmlDeviceGetClockInfo"));
   unsigned mhz = 0;
   return clock != nullptr && clock(device, 1, &mhz) == 0 ? mhz : 0;  // 1: the SM clock
+}
+
+std::string describe_profile(const std::vector<CtaProfile>& before, const std::vector<CtaProfile>& last) {
+  static constexpr std::array<const char*, static_cast<std::size_t>(Stamp::count)> kStamps{
+      "started", "ready", "weights", "tokens", "multiplied", "stored", "reduced"};
+  std::uint64_t end = 0;
+  for (const CtaProfile& c : before) end = std::max(end, c.at[static_cast<int>(Stamp::reduced)]);
+  std::string line;
+  double ctas = 0;
+  for (const CtaProfile& c : last) ctas += c.at[0] != 0 ? 1 : 0;
+  char text[96];
+  for (std::size_t s = 0; s < kStamps.size(); ++s) {
+    double sum = 0, least = 1e30, most = -1e30;
+    for (const CtaProfile& c : last) {
+      if (c.at[0] == 0 || c.at[s] == 0) continue;
+      const double us = (static_cast<double>(c.at[s]) - static_cast<double>(end)) * 1e-3;
+      sum += us;
+      least = std::min(least, us);
+      most = std::max(most, us);
+    }
+    std::snprintf(text, sizeof(text), " %s %.1f/%.1f/%.1f", kStamps[s], least, sum / ctas, most);
+    line += text;
+  }
+  for (int w = 0; w < static_cast<int>(Waited::count); ++w) {
+    double sum = 0;
+    for (const CtaProfile& c : last) sum += static_cast<double>(c.waited[w]);
+    std::snprintf(text, sizeof(text), " wait%d %.0f", w, sum / ctas);
+    line += text;
+  }
+  return line;
 }
 
 Chain::Chain(int launches, const std::function<void(int, cudaStream_t)>& body) : launches_(launches) {
@@ -182,9 +214,30 @@ CublasGemm::~CublasGemm() {
   cublasLtDestroy(handle_);
 }
 
-void CublasGemm::run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream) {
-  const float one = 1.0F, zero = 0.0F;
-  cublas_ok(cublasLtMatmul(handle_, op_, &one, w, a_, x, b_, &zero, d, d_, d, d_,
+int CublasGemm::fastest(const void* w, const void* x, void* d) {
+  int best = 0;
+  double least = 1e30;
+  for (int algorithm = 0; algorithm < algorithms(); ++algorithm) {
+    try {
+      Chain chain(4, [&](int, cudaStream_t stream) { run(algorithm, w, x, d, stream); });
+      chain.once();
+      const double t = std::min(chain.once(), chain.once());
+      if (t < least) {
+        least = t;
+        best = algorithm;
+      }
+    } catch (const std::runtime_error&) {
+      cudaGetLastError();  // an algorithm that does not run is not a candidate
+    }
+  }
+  return best;
+}
+
+void CublasGemm::run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream,
+                     const void* addend) {
+  const float one = 1.0F;
+  const float beta = addend != nullptr ? 1.0F : 0.0F;
+  cublas_ok(cublasLtMatmul(handle_, op_, &one, w, a_, x, b_, &beta, addend != nullptr ? addend : d, d_, d, d_,
                            &found_[static_cast<std::size_t>(algorithm)].algo, workspace_.get(),
                            workspace_.size(), stream),
             "matmul");

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/profile.hpp"
 #include "tests/kernels/device_memory.hpp"
 
 namespace fireq::kernels::bench {
@@ -32,6 +33,10 @@ struct Timing {
   double spread = 0;        // (90th - 10th percentile) / median
   unsigned clock_mhz = 0;
 };
+
+// One line: means over the CTAs of the times of the last launch of a chain, in microseconds after the launch
+// before it ended, and the cycles that its first consumer waited.
+std::string describe_profile(const std::vector<CtaProfile>& before, const std::vector<CtaProfile>& last);
 
 // A captured chain of launches, replayed and timed as a whole.
 class Chain {
@@ -62,7 +67,10 @@ class CublasGemm {
   CublasGemm(const CublasGemm&) = delete;
   CublasGemm& operator=(const CublasGemm&) = delete;
   int algorithms() const { return static_cast<int>(found_.size()); }
-  void run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream);
+  // With `addend` (bf16 like D) it is added.
+  void run(int algorithm, const void* w, const void* x, void* d, cudaStream_t stream,
+           const void* addend = nullptr);
+  int fastest(const void* w, const void* x, void* d);  // the algorithm, by a short trial of each
 
  private:
   cublasLtHandle_t handle_ = nullptr;

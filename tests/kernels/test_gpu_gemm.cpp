@@ -123,7 +123,7 @@ class GemmTest : public GpuTest {
         EXPECT_EQ(out, first) << "two runs differ";
       }
     }
-    if (config.route == Route::decode) expect_clean_workspace();
+    expect_clean_workspace();
   }
 
   void check_all(const Case& c, const std::array<float, 8>& levels, Spread spread, bool per_tensor,
@@ -158,6 +158,13 @@ TEST_F(GemmTest, SmallSplit) {
     check_all(c, kNormalLike, Spread::usual, true, 2.6e-3);
 }
 
+// Rows of the output that end inside a tile, at and beside multiples of 16 bytes, and more tokens than a
+// tile.
+TEST_F(GemmTest, SmallPrefillTails) {
+  for (const Case& c : {Case{70, 130, 129}, {129, 264, 260}, {300, 142, 640}, {257, 77, 384}})
+    check_all(c, kInt4, Spread::usual, false, 2.6e-3);
+}
+
 TEST_F(GemmTest, TokenCountsAroundTheTiles) {
   for (const std::uint64_t m :
        {1U, 7U, 8U, 9U, 15U, 16U, 17U, 31U, 32U, 33U, 63U, 64U, 65U, 127U, 128U, 129U, 255U, 257U, 333U})
@@ -173,6 +180,7 @@ TEST_F(GemmTest, WholeAndSplitBlocks) {
   // More row blocks than multiprocessors: a shared remainder and whole blocks.
   for (const std::uint64_t m : {2U, 30U, 64U})
     check_all({m, 128ULL * device.multiprocessors + 128 * 37 + 5, 512}, kInt4, Spread::usual, false, 2.6e-3);
+  check_all({300, 128ULL * device.multiprocessors + 128 * 37 + 5, 768}, kInt4, Spread::usual, false, 2.6e-3);
 }
 
 TEST_F(GemmTest, LongKStaysAccurate) {

@@ -71,6 +71,11 @@ TEST_F(RowTest, SmallQuantiserIsBitExact) {
     if (s.tokens > 1)
       for (std::uint64_t k = 0; k < s.cols; ++k)
         x[s.cols + k] = k % 2 == 0 ? 0x8000 : 0;  // zeros of both signs
+    if (s.tokens > 2) {
+      x[2 * s.cols + 5] = 0xff80;  // -infinity, which makes all but NaN zero
+      x[2 * s.cols + 9] = 0x7fc0;
+    }
+    if (s.tokens > 4) x[4 * s.cols + 17] = 0xffc0;  // NaN alone
     Quantized cpu{std::vector<std::uint8_t>(s.tokens * pitch, 0xaa), std::vector<float>(s.tokens)};
     cpu::quantize_activations({x.data(), s.cols}, s.tokens, s.cols, {cpu.x8.data(), pitch, cpu.scale.data()});
     DeviceBuffer<std::uint16_t> dx(x);
@@ -85,18 +90,20 @@ TEST_F(RowTest, SmallQuantiserIsBitExact) {
 
 // Every bf16 magnitude against a maximum of 448: the quotient's rounding, bit for bit.
 TEST_F(RowTest, QuantiserRoundsEveryBf16AsTheDefinition) {
-  const std::uint64_t cols = 0x43e0 + 1;
-  std::vector<std::uint16_t> x(cols);
-  for (std::uint64_t i = 0; i < cols; ++i) x[i] = static_cast<std::uint16_t>(i | (i % 3 == 0 ? 0x8000U : 0U));
-  const std::uint64_t pitch = pitch_for(cols);
-  DeviceBuffer<std::uint16_t> dx(x);
-  DeviceBuffer<std::uint8_t> x8(pitch);
-  DeviceBuffer<float> scale(1);
-  quantize_activations({dx.get(), cols}, 1, cols, {x8.get(), pitch, scale.get()}, {});
-  const auto got = x8.download();
-  const float a = scale.download()[0];
-  for (std::uint64_t i = 0; i < cols; ++i)
-    ASSERT_EQ(got[i], e4m3_nearest(from_bf16(x[i]) / a)) << "bf16 bits " << x[i];
+  for (const std::uint64_t cols : {0x43e1U, 0x43e8U}) {  // element by element, and in vectors
+    std::vector<std::uint16_t> x(cols);
+    for (std::uint64_t i = 0; i < cols; ++i)
+      x[i] = static_cast<std::uint16_t>(std::min<std::uint64_t>(i, 0x43e0U) | (i % 3 == 0 ? 0x8000U : 0U));
+    const std::uint64_t pitch = pitch_for(cols);
+    DeviceBuffer<std::uint16_t> dx(x);
+    DeviceBuffer<std::uint8_t> x8(pitch);
+    DeviceBuffer<float> scale(1);
+    quantize_activations({dx.get(), cols}, 1, cols, {x8.get(), pitch, scale.get()}, {});
+    const auto got = x8.download();
+    const float a = scale.download()[0];
+    for (std::uint64_t i = 0; i < cols; ++i)
+      ASSERT_EQ(got[i], e4m3_nearest(from_bf16(x[i]) / a)) << "bf16 bits " << x[i];
+  }
 }
 
 TEST_F(RowTest, SmallNormAndQuantiser) {
