@@ -77,7 +77,7 @@ int run(const Arguments& a) {
   if (ctx > context) {
     progress.warning(fmt::format("--ctx {} is over the model's context of {}", ctx, context));
   }
-  const calib::Windows windows = calib::make_evaluation_windows(text.ids, ctx, bos, text.bos_id);
+  const calib::Windows windows = evaluation_windows(a.text, text, ctx, bos);
 
   calib::EvaluationOptions options;
   options.precision = precision_of(a, *model);
@@ -108,6 +108,7 @@ int run(const Arguments& a) {
                          {"ctx", ctx},
                          {"bos", bos_name},
                          {"seconds", result.seconds},
+                         {"cpu_seconds", result.cpu_seconds},
                          {"precision", precision_json(options.precision, tested.packed())}};
   if (result.kl_mean) {
     json["kl_mean"] = *result.kl_mean;
@@ -127,7 +128,7 @@ void add_eval(CLI::App& app, Runner& runner) {
   cmd->add_option("model", a->model, "Folder")->required();
   add_text_options(*cmd, a->text);
   cmd->add_option("--ctx", a->ctx, "Tokens of a window (0: the model's context, at most 2048)")
-      ->check(CLI::Range(0, 1 << 24))
+      ->transform(whole_number(0, 1 << 24))
       ->capture_default_str();
   cmd->add_option("--bos", a->bos,
                   "head: once before the text; window: in every window; none. Default: the tokenizer's")

@@ -122,13 +122,15 @@ void add_generate(CLI::App& app, Runner& runner) {
   cmd->add_flag("--chat", a->chat, "Use the model's chat template");
   cmd->add_option("--system", a->system, "System message, with --chat");
   cmd->add_option("-n,--max-new-tokens", a->generation.max_new_tokens, "Most tokens to make")
-      ->check(CLI::Range(1, 1 << 24))
+      ->transform(whole_number(1, 1 << 24))
       ->capture_default_str();
   cmd->add_option("--temperature", a->generation.sampling.temperature, "0: always the most likely token")
       ->capture_default_str();
   cmd->add_option("--top-p", a->generation.sampling.top_p, "Share of probability to draw from")
       ->capture_default_str();
-  cmd->add_option("--seed", a->generation.sampling.seed, "Seed of the draws")->capture_default_str();
+  cmd->add_option("--seed", a->generation.sampling.seed, "Seed of the draws")
+      ->transform(whole_number())
+      ->capture_default_str();
   add_common_options(*cmd, a->common);
   cmd->footer(
       "Examples:\n"

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <ctime>
 #include <memory>
 
 #include "calib/model_runner.hpp"
@@ -129,6 +130,7 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   progress.begin("evaluate", windows.count * layers);
   const double loaded_before = loading();
   const auto start = std::chrono::steady_clock::now();
+  const std::clock_t cpu_start = std::clock();
   for (std::uint64_t first = 0; first < windows.count; first += chunk) {
     const Batch batch{std::min(chunk, windows.count - first), windows.length, 0, first};
     const auto ids = std::span(windows.ids).subspan(first * windows.length, batch.sequences * windows.length);
@@ -160,6 +162,7 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   }
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() -
                    (loading() - loaded_before);
+  result.cpu_seconds = static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC;
   progress.end();
 
   result.nll_per_token = nll.mean();

@@ -17,10 +17,13 @@
 namespace fireq::testing_support {
 namespace {
 
-struct Values {
+// How a tensor's values are drawn.
+enum class Draw : std::uint8_t { matrix, norm, bias };
+struct Plan {
   std::string name;
   std::vector<std::uint64_t> shape;
-  std::vector<float> data;
+  Draw draw;
+  double scale = 1;
 };
 
 std::vector<std::byte> encode(const std::vector<float>& values, Dtype dtype) {
@@ -37,41 +40,44 @@ std::vector<std::byte> encode(const std::vector<float>& values, Dtype dtype) {
   return bytes;
 }
 
+// Tensors are drawn one at a time, in order: a large model never lies in memory whole.
 class Maker {
  public:
   explicit Maker(const RandomModel& m) : m_(m), random_(m.seed) {}
 
-  std::vector<Values> tensors() {
-    add_matrix("model.embed_tokens.weight", m_.vocab, m_.hidden, 1.0);
+  std::vector<Plan> plan() {
+    const double head = 2.0 / std::sqrt(static_cast<double>(m_.hidden));
+    list_.push_back({"model.embed_tokens.weight", {m_.vocab, m_.hidden}, Draw::matrix, 1.0});
     add_norm("model.norm.weight", m_.hidden);
-    if (!m_.tied)
-      add_matrix("lm_head.weight", m_.vocab, m_.hidden, 2.0 / std::sqrt(static_cast<double>(m_.hidden)));
+    if (!m_.tied) list_.push_back({"lm_head.weight", {m_.vocab, m_.hidden}, Draw::matrix, head});
     for (std::uint64_t i = 0; i < m_.layers; ++i) add_layer("model.layers." + std::to_string(i) + ".");
     return std::move(list_);
   }
 
- private:
-  double normal() { return normal_(random_); }
+  std::vector<float> values(const Plan& p) {
+    std::uint64_t n = 1;
+    for (const std::uint64_t d : p.shape) n *= d;
+    const std::uint64_t cols = p.shape.back();
+    std::vector<float> out(n);
+    for (std::uint64_t i = 0; i < n; ++i) {
+      const double x = normal_(random_);
+      if (p.draw == Draw::norm) {
+        out[i] = static_cast<float>(1 + 0.2 * x);
+      } else if (p.draw == Draw::bias) {
+        out[i] = static_cast<float>(0.3 * x);
+      } else {  // every 17th input channel is an outlier
+        out[i] = static_cast<float>(x * p.scale * (i % cols % 17 == 0 ? 4.0 : 1.0));
+      }
+    }
+    return out;
+  }
 
-  void add_matrix(const std::string& name, std::uint64_t rows, std::uint64_t cols, double scale) {
-    Values v{name, {rows, cols}, std::vector<float>(rows * cols)};
-    std::vector<double> column(cols, 1.0);
-    for (std::uint64_t c = 0; c < cols; c += 17) column[c] = 4;  // outlier channels
-    for (std::size_t i = 0; i < v.data.size(); ++i)
-      v.data[i] = static_cast<float>(normal() * scale * column[i % cols]);
-    list_.push_back(std::move(v));
-  }
-  void add_norm(const std::string& name, std::uint64_t n) {
-    Values v{name, {n}, std::vector<float>(n)};
-    for (float& x : v.data) x = static_cast<float>(1 + 0.2 * normal());
-    list_.push_back(std::move(v));
-  }
+ private:
+  void add_norm(const std::string& name, std::uint64_t n) { list_.push_back({name, {n}, Draw::norm}); }
   void add_linear(const std::string& name, std::uint64_t rows, std::uint64_t cols, bool bias) {
-    add_matrix(name + ".weight", rows, cols, 0.7 / std::sqrt(static_cast<double>(cols)));
-    if (!bias) return;
-    Values v{name + ".bias", {rows}, std::vector<float>(rows)};
-    for (float& x : v.data) x = static_cast<float>(0.3 * normal());
-    list_.push_back(std::move(v));
+    const double scale = 0.7 / std::sqrt(static_cast<double>(cols));
+    list_.push_back({name + ".weight", {rows, cols}, Draw::matrix, scale});
+    if (bias) list_.push_back({name + ".bias", {rows}, Draw::bias});
   }
   void add_layer(const std::string& p) {
     const bool qkv = m_.attention_bias || m_.model_type == "qwen2";
@@ -93,7 +99,7 @@ class Maker {
   const RandomModel& m_;
   std::mt19937_64 random_;
   std::normal_distribution<double> normal_;
-  std::vector<Values> list_;
+  std::vector<Plan> list_;
 };
 
 }  // namespace
@@ -131,12 +137,13 @@ void write_random_model(const std::filesystem::path& folder, const RandomModel& 
   std::ofstream(folder / "config.json") << config.dump(2) << "\n";
 
   const Dtype dtype = parse_dtype(m.dtype).value();
-  const std::vector<Values> tensors = Maker(m).tensors();
+  Maker maker(m);
+  const std::vector<Plan> tensors = maker.plan();
   std::vector<formats::TensorPlan> plan;
-  for (const Values& v : tensors) plan.push_back({v.name, dtype, v.shape});
+  for (const Plan& p : tensors) plan.push_back({p.name, dtype, p.shape});
   formats::SafetensorsWriter writer(formats::real_file_system(), (folder / "model.safetensors").string(),
                                     plan, {{"format", "pt"}});
-  for (const Values& v : tensors) writer.append(encode(v.data, dtype));
+  for (const Plan& p : tensors) writer.append(encode(maker.values(p), dtype));
   writer.finish();
 }
 
