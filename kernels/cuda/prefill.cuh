@@ -293,7 +293,9 @@ class PrefillConsumer {
 
   // One arrival a warp at both CTAs, whose producers write this stage.
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), lane_, condition && lane_ < kPrefillCluster);
+    __syncwarp();
+    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && lane_ == 0);
+    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U, condition && lane_ == 1);
   }
 
   // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
