@@ -18,7 +18,6 @@ namespace fireq::calib {
 namespace {
 
 using formats::FireqWriter;
-using formats::TensorPlan;
 using formats::WeightLayout;
 using libquant::QuantizedLinear;
 using libquant::RowScale;
@@ -328,7 +327,7 @@ QuantizeResult Job::run() {
   }
   const QuantizePlan plan = plan_quantization(source_, options_);
   for (const auto& [tensor, why] : plan.kept) {
-    if (why.starts_with("dropped")) progress_.warning(tensor + ": " + why);
+    if (why.starts_with("dropped")) progress_.warning(std::string(tensor).append(": ").append(why));
   }
   FireqWriter writer(fs_, options_.out, reader_.folder(), options_.mode, options_.force, fingerprints());
   obtain_statistics(writer);
