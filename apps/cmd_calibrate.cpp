@@ -14,10 +14,10 @@ namespace {
 
 struct Arguments {
   CommonOptions common;
-  std::string model, out, bos;
+  std::string model, out;
   std::vector<std::string> merge;
   TextArguments text;
-  std::uint64_t samples = 10, length = 2048, seed = 0;
+  CalibrationArguments calibration;
   bool force = false;
 };
 
@@ -29,17 +29,12 @@ formats::CalibrationStatistics collect(const Arguments& a, ConsoleProgress& prog
         .path(a.model);
   }
   const TokenizedText text = tokenize(a.text, a.model, source->config());
-  std::uint64_t length = a.length;
-  if (length > source->config().context) {
-    length = source->config().context;
-    progress.warning(fmt::format("--length {} is over the model's context, {} is used", a.length, length));
-  }
-  const calib::Windows windows = calib::make_calibration_windows(
-      text.ids, length, a.samples, a.seed, resolve_bos(a.bos, text), text.bos_id, progress);
+  const calib::Windows windows =
+      calibration_windows(a.text, text, a.calibration, source->config().context, progress);
   formats::CalibrationStatistics statistics = calib::calibrate(*source, windows, a.common.threads, progress);
   statistics.meta.model_fingerprint = source->reader().fingerprint(a.common.threads);
   statistics.meta.text_fingerprint = calib::fingerprint_of_windows(windows);
-  statistics.meta.seed = a.seed;
+  statistics.meta.seed = a.calibration.seed;
   return statistics;
 }
 
@@ -94,13 +89,7 @@ void add_calibrate(CLI::App& app, Runner& runner) {
       ->type_name("FILE")
       ->expected(1, 1'000'000);
   add_text_options(*cmd, a->text);
-  cmd->add_option("--bos", a->bos, "BOS of windows: head, window or none; default: the tokenizer's")
-      ->check(CLI::IsMember({"head", "window", "none"}));
-  cmd->add_option("--samples", a->samples, "Windows")->check(CLI::Range(1, 1'000'000))->capture_default_str();
-  cmd->add_option("--length", a->length, "Tokens of a window, at most the model's context")
-      ->check(CLI::Range(2, 1 << 24))
-      ->capture_default_str();
-  cmd->add_option("--seed", a->seed, "Seed of the choice of windows")->capture_default_str();
+  add_calibration_options(*cmd, a->calibration);
   cmd->add_flag("--force", a->force, "Replace an existing output");
   add_common_options(*cmd, a->common);
   cmd->footer(

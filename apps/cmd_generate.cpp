@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "apps/commands.hpp"
@@ -62,9 +61,7 @@ int run(const Arguments& a) {
   }
   const bool print = a.common.json_path != "-";
   const auto emit = [&](const std::string& piece) {
-    if (!print) return;
-    std::fwrite(piece.data(), 1, piece.size(), stdout);
-    std::fflush(stdout);
+    if (print) write_stdout(piece);
   };
   if (!a.chat) emit(a.prompt_file.empty() ? a.prompt : formats::read_text_file(a.prompt_file));
   formats::StreamingDecoder decoder(*tokenizer, prompt);
@@ -122,13 +119,15 @@ void add_generate(CLI::App& app, Runner& runner) {
   cmd->add_flag("--chat", a->chat, "Use the model's chat template");
   cmd->add_option("--system", a->system, "System message, with --chat");
   cmd->add_option("-n,--max-new-tokens", a->generation.max_new_tokens, "Most tokens to make")
-      ->check(CLI::Range(1, 1 << 24))
+      ->transform(whole_number(1, 1 << 24))
       ->capture_default_str();
   cmd->add_option("--temperature", a->generation.sampling.temperature, "0: always the most likely token")
       ->capture_default_str();
   cmd->add_option("--top-p", a->generation.sampling.top_p, "Share of probability to draw from")
       ->capture_default_str();
-  cmd->add_option("--seed", a->generation.sampling.seed, "Seed of the draws")->capture_default_str();
+  cmd->add_option("--seed", a->generation.sampling.seed, "Seed of the draws")
+      ->transform(whole_number())
+      ->capture_default_str();
   add_common_options(*cmd, a->common);
   cmd->footer(
       "Examples:\n"

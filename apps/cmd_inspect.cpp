@@ -121,9 +121,9 @@ void add_inspect(CLI::App& app, Runner& runner) {
   CLI::App* cmd = app.add_subcommand(
       "inspect", "Outliers by layer and site: a model's weights, a statistics file, or a FireQ folder");
   cmd->add_option("target", a->target, "Hugging Face folder, FireQ folder, or statistics file")->required();
-  cmd->add_option("--layer", a->layer, "Only this layer")->check(CLI::Range(0, 1'000'000));
+  cmd->add_option("--layer", a->layer, "Only this layer")->transform(whole_number(0, 1'000'000));
   cmd->add_option("--outliers", a->outliers, "Channels to name in each row")
-      ->check(CLI::Range(0, 64))
+      ->transform(whole_number(0, 64))
       ->capture_default_str();
   add_common_options(*cmd, a->common);
   cmd->footer(

@@ -13,8 +13,7 @@ struct Arguments {
   CommonOptions common;
   std::string model, out, preset = "fast", recipe_file, levels, stats, layout = "row", shard_size = "5GB";
   TextArguments text;
-  std::string bos;
-  std::uint64_t samples = 10, length = 2048, seed = 0;
+  CalibrationArguments calibration;
   bool resume = false, restart = false, force = false, dry_run = false;
 };
 
@@ -42,9 +41,13 @@ calib::Recipe recipe_of(const Arguments& a) {
 
 void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::QuantizeOptions& options,
                  Progress& progress) {
-  const bool needed = options.recipe.needs_statistics();
+  const bool needed = options.recipe.needs_statistics() || options.recipe.needs_text();
   if (!a.stats.empty()) {
     if (a.text.given()) throw Error(ErrorKind::usage, "--stats and --text exclude each other");
+    if (options.recipe.needs_text()) {
+      throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs the text itself")
+          .hint("give --text FILE; statistics alone do not hold what it needs");
+    }
     options.statistics_path = a.stats;
   } else if (needed && !a.text.given()) {
     throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs calibration text")
@@ -57,14 +60,8 @@ void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::Q
   }
   if (!needed || !a.stats.empty()) return;
   const TokenizedText text = tokenize(a.text, a.model, source.config());
-  std::uint64_t length = a.length;
-  if (length > source.config().context) {
-    length = source.config().context;
-    progress.warning(fmt::format("--length {} is over the model's context, {} is used", a.length, length));
-  }
-  options.calibration = calib::make_calibration_windows(text.ids, length, a.samples, a.seed,
-                                                        resolve_bos(a.bos, text), text.bos_id, progress);
-  options.seed = a.seed;
+  options.calibration = calibration_windows(a.text, text, a.calibration, source.config().context, progress);
+  options.seed = a.calibration.seed;
 }
 
 nlohmann::json plan_json(const calib::QuantizePlan& plan) {
@@ -109,6 +106,18 @@ int dry_run(const Arguments& a, const calib::WeightSource& source, const calib::
   return 0;
 }
 
+calib::QuantizeResult quantize(const calib::WeightSource& source, const calib::QuantizeOptions& options,
+                               Progress& progress) {
+  try {
+    return calib::quantize_model(source, options, formats::real_file_system(), progress);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::interrupted) throw;
+    throw Error(ErrorKind::interrupted, "interrupted; the finished layers are kept")
+        .path(options.out)
+        .hint("go on with --resume");
+  }
+}
+
 int run(const Arguments& a) {
   if (a.resume && a.restart) throw Error(ErrorKind::usage, "--resume and --restart exclude each other");
   ConsoleProgress progress(a.common.quiet);
@@ -127,8 +136,7 @@ int run(const Arguments& a) {
   obtain_text(a, *source, options, progress);
   if (a.dry_run) return dry_run(a, *source, options);
 
-  const calib::QuantizeResult result =
-      calib::quantize_model(*source, options, formats::real_file_system(), progress);
+  const calib::QuantizeResult result = quantize(*source, options, progress);
   const Report report(a.common);
   const double share =
       100.0 * static_cast<double>(result.bytes_after) / static_cast<double>(result.bytes_before);
@@ -141,6 +149,10 @@ int run(const Arguments& a) {
     report.line(fmt::format("smoothing: {} factors clamped, {} zero channels left alone", result.clamped,
                             result.zero_channels));
   }
+  if (result.dead_channels > 0) {
+    report.line(
+        fmt::format("{} input channels were zero on all of the calibration text", result.dead_channels));
+  }
   if (progress.warnings() > 0) report.line(fmt::format("{} warnings", progress.warnings()));
   report.json({{"out", a.out},
                {"linears", result.linears},
@@ -149,6 +161,7 @@ int run(const Arguments& a) {
                {"resumed_layers", result.resumed_layers},
                {"lambda_clamped", result.clamped},
                {"zero_channels", result.zero_channels},
+               {"dead_channels", result.dead_channels},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
                {"warnings", progress.warnings()},
@@ -163,8 +176,8 @@ void add_quantize(CLI::App& app, Runner& runner) {
   CLI::App* cmd = app.add_subcommand("quantize", "Turn a Hugging Face checkpoint into a FireQ folder");
   cmd->add_option("model", a->model, "Hugging Face folder (config.json, safetensors, tokenizer)")->required();
   cmd->add_option("-o,--out", a->out, "Folder to write; it appears whole, at the end")->required();
-  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, or fast")
-                     ->check(CLI::IsMember({"rtn", "paper", "fast"}))
+  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, fast, or best")
+                     ->check(CLI::IsMember({"rtn", "paper", "fast", "best"}))
                      ->capture_default_str();
   cmd->add_option("--recipe", a->recipe_file, "Recipe as JSON (docs/recipes.md)")
       ->type_name("FILE")
@@ -172,16 +185,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
   cmd->add_option("--levels", a->levels,
                   "int4, normal, or a file with 8 increasing magnitudes; default: the recipe's");
   add_text_options(*cmd, a->text);
-  cmd->add_option("--bos", a->bos,
-                  "BOS of calibration windows: head, window or none; default: the tokenizer's")
-      ->check(CLI::IsMember({"head", "window", "none"}));
-  cmd->add_option("--samples", a->samples, "Calibration windows")
-      ->check(CLI::Range(1, 1'000'000))
-      ->capture_default_str();
-  cmd->add_option("--length", a->length, "Tokens of a window, at most the model's context")
-      ->check(CLI::Range(2, 1 << 24))
-      ->capture_default_str();
-  cmd->add_option("--seed", a->seed, "Seed of the choice of windows")->capture_default_str();
+  add_calibration_options(*cmd, a->calibration);
   cmd->add_option("--stats", a->stats, "Statistics of fireq calibrate instead of text")->type_name("FILE");
   cmd->add_flag("--resume", a->resume, "Continue a run that was stopped");
   cmd->add_flag("--restart", a->restart, "Throw a stopped run away and start again");

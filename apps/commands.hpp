@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -27,13 +28,29 @@ void add_generate(CLI::App& app, Runner& run);
 
 void add_common_options(CLI::App& app, CommonOptions& options);
 
+// A whole number in decimal digits, without a sign, from low to high. The library's own conversion lets a
+// negative or a huge number wrap around, and reads "010" as eight.
+CLI::Validator whole_number(std::uint64_t low = 0,
+                            std::uint64_t high = std::numeric_limits<std::uint64_t>::max());
+
 // Text of calibration and evaluation: files or token ids.
 struct TextArguments {
   calib::TextOptions text;
   std::string tokens_path;  // ids.u32
   bool given() const { return !text.files.empty() || !tokens_path.empty(); }
+  std::string name() const;  // for messages: "a.txt", "a.txt and 2 more"
 };
 void add_text_options(CLI::App& app, TextArguments& arguments);
+
+// --ctx: the length of evaluation windows.
+void add_context_option(CLI::App& app, std::optional<std::uint64_t>& length);
+
+// How calibration windows are drawn from the text.
+struct CalibrationArguments {
+  std::uint64_t samples = 10, length = 2048, seed = 0;
+  std::string bos;
+};
+void add_calibration_options(CLI::App& app, CalibrationArguments& arguments);
 
 struct TokenizedText {
   std::vector<std::int32_t> ids;
@@ -46,6 +63,13 @@ TokenizedText tokenize(const TextArguments& arguments, const std::string& folder
 
 // "--bos head|window|none", empty: the tokenizer's own default.
 calib::Bos resolve_bos(const std::string& option, const TokenizedText& text);
+
+// The windows of calib/dataset.hpp; a text that is too short is named.
+calib::Windows evaluation_windows(const TextArguments& arguments, const TokenizedText& text,
+                                  std::uint64_t length, calib::Bos bos);
+calib::Windows calibration_windows(const TextArguments& arguments, const TokenizedText& text,
+                                   const CalibrationArguments& calibration, std::uint64_t context,
+                                   Progress& progress);
 
 std::uint64_t parse_size(const std::string& text);  // "5GB", "512MiB", "1000000"
 

@@ -1,13 +1,18 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <csignal>
 #include <exception>
 #include <new>
+#include <system_error>
 
+#include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
 #include "common/error.hpp"
+#include "common/nearest.hpp"
 #include "common/progress.hpp"
 
 namespace {
@@ -48,6 +53,18 @@ int run_command(const fireq::apps::Runner& run) {
   }
 }
 
+// The first word decides: the library would only say that a subcommand is missing.
+void require_known_subcommand(const CLI::App& app, int argc, const char* const* argv) {
+  if (argc < 2 || argv[1][0] == '-') return;
+  const std::string word = argv[1];
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
+  if (std::find(names.begin(), names.end(), word) != names.end()) return;
+  throw fireq::Error(ErrorKind::usage, fmt::format("there is no subcommand '{}'", word))
+      .expected(fmt::format("{}", fmt::join(names, ", ")))
+      .hint(fmt::format("did you mean '{}'? See fireq --help", fireq::nearest_name(word, names)));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -66,12 +83,16 @@ int main(int argc, char** argv) {
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
   fireq::apps::add_generate(app, run);
+  fireq::apps::add_bench(app, run);
   try {
+    require_known_subcommand(app, argc, argv);
     app.parse(argc, argv);
   } catch (const CLI::Success& e) {
     return app.exit(e);  // --help, --version
   } catch (const CLI::ParseError& e) {
     return fail(ErrorKind::usage, std::string(e.what()) + "; see fireq --help");
+  } catch (const fireq::Error& e) {
+    return fail(e.kind(), e.what());
   }
   return run_command(run);
 }

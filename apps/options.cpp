@@ -1,3 +1,5 @@
+#include <fmt/format.h>
+
 #include <array>
 #include <charconv>
 #include <cmath>
@@ -7,12 +9,46 @@
 #include "common/error.hpp"
 
 namespace fireq::apps {
+namespace {
+
+// Calls `cut` and adds the text's name to what it throws about it.
+template <typename Cut>
+calib::Windows named_windows(const TextArguments& arguments, const Cut& cut) {
+  try {
+    return cut();
+  } catch (Error& e) {
+    if (e.kind() == ErrorKind::input) e.path_if_unset(arguments.name());
+    throw;
+  }
+}
+
+}  // namespace
+
+CLI::Validator whole_number(std::uint64_t low, std::uint64_t high) {
+  const std::string range = high == std::numeric_limits<std::uint64_t>::max()
+                                ? fmt::format("of at least {}", low)
+                                : fmt::format("from {} to {}", low, high);
+  const auto check = [low, high, range](std::string& text) -> std::string {
+    std::uint64_t value = 0;
+    const char* last = text.data() + text.size();
+    const auto [end, ec] = std::from_chars(text.data(), last, value);
+    if (ec == std::errc() && end == last && value >= low && value <= high) {
+      text = std::to_string(value);
+      return {};
+    }
+    const bool too_large = ec == std::errc::result_out_of_range && end == last;
+    return fmt::format("expected a whole number {}, found '{}'{}", range, text,
+                       too_large ? ", which is too large" : "");
+  };
+  return {check,
+          high == std::numeric_limits<std::uint64_t>::max() ? "" : fmt::format("in [{}, {}]", low, high)};
+}
 
 void add_common_options(CLI::App& app, CommonOptions& options) {
   app.add_option("--json", options.json_path, "Write the result as JSON to FILE ('-': stdout)")
       ->type_name("FILE");
   app.add_option("--threads", options.threads, "Threads (0: all processors)")
-      ->check(CLI::Range(0, 4096))
+      ->transform(whole_number(0, 4096))
       ->capture_default_str();
   app.add_flag("-q,--quiet", options.quiet, "No progress and no tables; errors and warnings stay");
 }
@@ -22,11 +58,40 @@ void add_text_options(CLI::App& app, TextArguments& arguments) {
   app.add_option("--jsonl-field", arguments.text.jsonl_field, "Field of a JSONL line that holds the text")
       ->capture_default_str();
   app.add_option("--skip-chars", arguments.text.skip_chars, "Code points to skip at the head of the text")
+      ->transform(whole_number())
       ->capture_default_str();
   app.add_option("--max-chars", arguments.text.max_chars, "Code points to use after that (0: all)")
+      ->transform(whole_number())
       ->capture_default_str();
   app.add_option("--tokens", arguments.tokens_path, "Little-endian uint32 token ids instead of text")
       ->type_name("FILE");
+}
+
+void add_context_option(CLI::App& app, std::optional<std::uint64_t>& length) {
+  app.add_option("--ctx", length, "Tokens of a window; default: the model's context, at most 2048")
+      ->transform(whole_number(2, 1 << 24));
+}
+
+void add_calibration_options(CLI::App& app, CalibrationArguments& arguments) {
+  app.add_option("--bos", arguments.bos,
+                 "BOS of calibration windows: head, window or none; default: the tokenizer's")
+      ->check(CLI::IsMember({"head", "window", "none"}));
+  app.add_option("--samples", arguments.samples, "Calibration windows")
+      ->transform(whole_number(1, 1'000'000))
+      ->capture_default_str();
+  app.add_option("--length", arguments.length, "Tokens of a window, at most the model's context")
+      ->transform(whole_number(2, 1 << 24))
+      ->capture_default_str();
+  app.add_option("--seed", arguments.seed, "Seed of the choice of windows")
+      ->transform(whole_number())
+      ->capture_default_str();
+}
+
+std::string TextArguments::name() const {
+  if (!tokens_path.empty()) return tokens_path;
+  if (text.files.empty()) return {};
+  const std::size_t more = text.files.size() - 1;
+  return more == 0 ? text.files.front() : fmt::format("{} and {} more", text.files.front(), more);
 }
 
 TokenizedText tokenize(const TextArguments& arguments, const std::string& folder,
@@ -67,6 +132,27 @@ calib::Bos resolve_bos(const std::string& option, const TokenizedText& text) {
   if (option == "window") return calib::Bos::window;
   if (option == "none") return calib::Bos::none;
   return text.default_bos == formats::BosMode::head ? calib::Bos::head : calib::Bos::none;
+}
+
+calib::Windows evaluation_windows(const TextArguments& arguments, const TokenizedText& text,
+                                  std::uint64_t length, calib::Bos bos) {
+  return named_windows(arguments,
+                       [&] { return calib::make_evaluation_windows(text.ids, length, bos, text.bos_id); });
+}
+
+calib::Windows calibration_windows(const TextArguments& arguments, const TokenizedText& text,
+                                   const CalibrationArguments& calibration, std::uint64_t context,
+                                   Progress& progress) {
+  std::uint64_t length = calibration.length;
+  if (length > context) {
+    length = context;
+    progress.warning(
+        fmt::format("--length {} is over the model's context, {} is used", calibration.length, length));
+  }
+  return named_windows(arguments, [&] {
+    return calib::make_calibration_windows(text.ids, length, calibration.samples, calibration.seed,
+                                           resolve_bos(calibration.bos, text), text.bos_id, progress);
+  });
 }
 
 std::uint64_t parse_size(const std::string& text) {

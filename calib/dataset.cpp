@@ -142,12 +142,18 @@ Windows cut(const std::vector<std::int32_t>& tokens, std::uint64_t length, Bos b
   return windows;
 }
 
-void require_one_window(const Windows& windows, std::size_t tokens) {
+// `tokens` of text without BOS.
+void require_one_window(const Windows& windows, std::uint64_t tokens, Bos bos) {
   if (windows.count > 0) return;
+  const std::uint64_t have = bos == Bos::none ? tokens : tokens + 1;
+  const std::string with_bos = bos == Bos::none ? "" : " with BOS";
   throw Error(ErrorKind::input, "text is shorter than one window")
-      .expected("at least " + std::to_string(windows.length) + " tokens")
-      .found(std::to_string(tokens))
-      .hint("give more text, or a smaller --ctx or --length");
+      .expected("at least " + std::to_string(windows.length) + " tokens" + with_bos)
+      .found(std::to_string(have))
+      .hint("use more text (--skip-chars, --max-chars)" +
+            (have < 2 ? std::string()
+                      : ", or a window of at most " + std::to_string(have) +
+                            " tokens (--ctx to evaluate, --length to calibrate)"));
 }
 
 }  // namespace
@@ -207,7 +213,7 @@ std::vector<std::int32_t> load_tokens(const std::string& path, std::uint64_t voc
 Windows make_evaluation_windows(const std::vector<std::int32_t>& tokens, std::uint64_t length, Bos bos,
                                 std::optional<std::int32_t> bos_id) {
   Windows windows = cut(tokens, length, bos, bos_id);
-  require_one_window(windows, tokens.size());
+  require_one_window(windows, tokens.size(), bos);
   return windows;
 }
 
@@ -216,7 +222,7 @@ Windows make_calibration_windows(const std::vector<std::int32_t>& tokens, std::u
                                  std::optional<std::int32_t> bos_id, Progress& progress) {
   if (samples == 0) throw Error(ErrorKind::usage, "--samples must be at least 1");
   Windows all = cut(tokens, length, bos, bos_id);
-  require_one_window(all, tokens.size());
+  require_one_window(all, tokens.size(), bos);
   if (all.count <= samples) {
     if (all.count < samples) {
       progress.warning("calibration text gives " + std::to_string(all.count) + " windows of " +

@@ -186,6 +186,13 @@ struct LayerRunner::Impl {
   FloatBuffer query, query_scale, attention;  // [rows, q_rows], [rows, heads], [rows, q_rows]
   KvCache own_cache;
 
+  KvCache& cache_for(const Batch& batch) {
+    if (own_cache.sequences() != batch.sequences || own_cache.capacity() < batch.length) {
+      own_cache = KvCache(batch.sequences, config.kv_heads, config.head_dim, batch.length);
+    }
+    return own_cache;
+  }
+
   // What one call works on.
   struct Call {
     const LayerPanels& weights;
@@ -193,7 +200,7 @@ struct LayerRunner::Impl {
     const RopeTable& rope;
     const Batch& batch;
     KvCache& cache;
-    float* hidden;
+    float* hidden;  // written by finish() alone
     Recorder& recorder;
     std::uint64_t rows;
   };
@@ -227,6 +234,7 @@ struct LayerRunner::Impl {
   void attend_queries(const Call& call, std::uint64_t sequence, std::uint64_t kv_head, std::uint64_t begin,
                       std::uint64_t end);
   void finish(const Call& call, std::uint64_t begin, std::uint64_t end, BlockArea& area);
+  void attend_all(const Call& call);
   void run(const Call& call);
 };
 
@@ -396,9 +404,6 @@ void LayerRunner::Impl::finish(const Call& call, std::uint64_t begin, std::uint6
 
 void LayerRunner::Impl::run(const Call& call) {
   const std::uint64_t rows = call.rows;
-  query.resize(rows * config.q_rows());
-  query_scale.resize(rows * config.heads);
-  attention.resize(rows * config.q_rows());
   call.recorder.start(Site::attn_in, rows, config.hidden);
   call.recorder.start(Site::q, rows, config.q_rows());
   call.recorder.start(Site::k_pre_rope, rows, config.kv_rows());
@@ -408,6 +413,21 @@ void LayerRunner::Impl::run(const Call& call) {
   call.recorder.start(Site::mlp_in, rows, config.hidden);
   call.recorder.start(Site::down_in, rows, config.ffn);
 
+  attend_all(call);
+  const std::uint64_t token_blocks = (rows + kTokenBlock - 1) / kTokenBlock;
+  for_each_task(token_blocks, threads, [&](std::size_t block) {
+    Pool<BlockArea>::Loan area(blocks);
+    finish(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
+  });
+  for (std::size_t site = 0; site < formats::kSites; ++site) call.recorder.tell(static_cast<Site>(site));
+}
+
+// From the layer's input to the attention's output, before o_proj.
+void LayerRunner::Impl::attend_all(const Call& call) {
+  const std::uint64_t rows = call.rows;
+  query.resize(rows * config.q_rows());
+  query_scale.resize(rows * config.heads);
+  attention.resize(rows * config.q_rows());
   const std::uint64_t token_blocks = (rows + kTokenBlock - 1) / kTokenBlock;
   for_each_task(token_blocks, threads, [&](std::size_t block) {
     Pool<BlockArea>::Loan area(blocks);
@@ -420,11 +440,6 @@ void LayerRunner::Impl::run(const Call& call) {
     attend_queries(call, head / config.kv_heads, head % config.kv_heads, begin,
                    std::min(begin + kQueryBlock, call.batch.length));
   });
-  for_each_task(token_blocks, threads, [&](std::size_t block) {
-    Pool<BlockArea>::Loan area(blocks);
-    finish(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
-  });
-  for (std::size_t site = 0; site < formats::kSites; ++site) call.recorder.tell(static_cast<Site>(site));
 }
 
 LayerRunner::LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads)
@@ -446,11 +461,21 @@ void LayerRunner::run(const LayerPanels& weights, std::uint64_t layer, const Rop
 
 void LayerRunner::run(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope,
                       const Batch& batch, std::span<float> hidden, ActivationObserver* observer) {
-  KvCache& cache = impl_->own_cache;
-  if (cache.sequences() != batch.sequences || cache.capacity() < batch.length) {
-    cache = KvCache(batch.sequences, impl_->config.kv_heads, impl_->config.head_dim, batch.length);
+  run(weights, layer, rope, batch, impl_->cache_for(batch), hidden, observer);
+}
+
+void LayerRunner::attention_outputs(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope,
+                                    const Batch& batch, std::span<const float> hidden, std::span<float> out) {
+  const std::uint64_t rows = batch.sequences * batch.length;
+  if (hidden.size() != rows * impl_->config.hidden || out.size() != rows * impl_->config.q_rows() ||
+      batch.start != 0 || rope.cosine.size() < batch.length * rope.half) {
+    throw Error(ErrorKind::internal, "batch does not fit its buffers");
   }
-  run(weights, layer, rope, batch, cache, hidden, observer);
+  if (rows == 0) return;
+  Recorder recorder(nullptr);
+  impl_->attend_all({weights, layer, rope, batch, impl_->cache_for(batch), const_cast<float*>(hidden.data()),
+                     recorder, rows});
+  std::copy_n(impl_->attention.data(), out.size(), out.data());
 }
 
 void run_layer(const formats::ModelConfig& config, LayerWeights weights, std::uint64_t layer,

@@ -88,6 +88,11 @@ class LayerRunner {
   void run(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope, const Batch& batch,
            std::span<float> hidden, ActivationObserver* observer);
 
+  // Only the first half of a layer over whole sequences from position 0: out [rows, q_rows] gets the inputs
+  // of o_proj, not yet quantised. Looks at the weights of q, k, v and their norms alone; hidden stays.
+  void attention_outputs(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope,
+                         const Batch& batch, std::span<const float> hidden, std::span<float> out);
+
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstring>
 #include <filesystem>
 #include <set>
 #include <utility>
 
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/packed_tensors.hpp"
+#include "calib/two_streams.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "libquant/packing.hpp"
@@ -36,20 +37,8 @@ std::string layer_prefix(std::uint64_t layer) {
   return "model.layers." + std::to_string(layer) + ".";
 }
 
-template <typename T>
-std::vector<std::byte> to_bytes(const std::vector<T>& values) {
-  std::vector<std::byte> bytes(values.size() * sizeof(T));
-  if (!bytes.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
-  return bytes;
-}
-
-StagedTensor owned(std::string name, Dtype dtype, std::vector<std::uint64_t> shape,
-                   std::vector<std::byte> bytes) {
-  return {{std::move(name), dtype, std::move(shape)}, std::move(bytes), {}};
-}
-
 StagedTensor owned_f32(std::string name, const std::vector<float>& values, std::vector<std::uint64_t> shape) {
-  return owned(std::move(name), Dtype::f32, std::move(shape), to_bytes(values));
+  return owned_tensor(std::move(name), Dtype::f32, std::move(shape), to_bytes(values));
 }
 
 StagedTensor copied(const TensorView& view) {
@@ -59,25 +48,6 @@ StagedTensor copied(const TensorView& view) {
 void sort_by_name(std::vector<StagedTensor>& tensors) {
   std::sort(tensors.begin(), tensors.end(),
             [](const StagedTensor& a, const StagedTensor& b) { return a.plan.name < b.plan.name; });
-}
-
-std::vector<StagedTensor> packed_tensors(const std::string& name, const QuantizedLinear& q,
-                                         WeightLayout layout) {
-  std::vector<StagedTensor> list;
-  const std::uint64_t kp = q.padded_cols();
-  if (layout == WeightLayout::row) {
-    list.push_back(owned(name + ".weight_codes", Dtype::u8, {q.rows, kp / 2}, to_bytes(q.codes)));
-    list.push_back(
-        owned(name + ".weight_group_scale", Dtype::f8_e4m3, {q.rows, q.groups()}, to_bytes(q.group_scales)));
-  } else {
-    const std::uint64_t row_tiles = (q.rows + libquant::kTileRows - 1) / libquant::kTileRows;
-    list.push_back(owned(name + ".weight_tiles", Dtype::u8, {row_tiles, q.groups(), libquant::kTileBytes},
-                         to_bytes(libquant::pack_sm90(q))));
-  }
-  list.push_back(owned_f32(name + ".weight_row_scale", q.row_scales, {q.row_scales.size()}));
-  const std::vector<std::int64_t> shape{static_cast<std::int64_t>(q.rows), static_cast<std::int64_t>(q.cols)};
-  list.push_back(owned(name + ".weight_shape", Dtype::i64, {2}, to_bytes(shape)));
-  return list;
 }
 
 // r = 1/s of the per-tensor search; add(search, begin, count) feeds it rows. Sums are integers: any cut gives
@@ -158,8 +128,12 @@ class Job {
   void obtain_statistics(FireqWriter& writer);
   void stage_layer(FireqWriter& writer, std::uint64_t layer);
   void stage_rest(FireqWriter& writer);
+  QuantizedLinear quantize_linear(const std::string& name, std::size_t i, const FoldReport& report,
+                                  LayerWeights* weights);
   std::vector<StagedTensor> linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
-                                           LayerWeights* weights);
+                                           const LayerWeights* weights, const QuantizedLinear& q);
+  QuantizedLayer quantize_in_streams(std::uint64_t layer, const LayerWeights& weights);
+  void replay_layer(FireqWriter& writer, std::uint64_t layer);
   std::array<std::string, 3> fingerprints();
 
   const WeightSource& source_;
@@ -170,6 +144,8 @@ class Job {
   const formats::ModelConfig& config_;
   std::string model_fingerprint_, text_fingerprint_;
   std::optional<formats::CalibrationStatistics> statistics_;
+  std::optional<TwoStreams> streams_;  // where the recipe rounds under curvature
+  std::uint64_t last_open_layer_ = 0;  // of those that were not done when this run began
   QuantizeResult result_;
 };
 
@@ -221,21 +197,25 @@ void Job::obtain_statistics(FireqWriter& writer) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-std::vector<StagedTensor> Job::linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
-                                              LayerWeights* weights) {
-  const std::string name = formats::linear_names(layer)[i];
+QuantizedLinear Job::quantize_linear(const std::string& name, std::size_t i, const FoldReport& report,
+                                     LayerWeights* weights) {
   const std::span<const float> mean_square = report.input_mean_square[i];
-  const bool raw = weights == nullptr;
-  QuantizedLinear q;
   try {
-    q = raw ? quantize_raw(reader_.tensor(name + ".weight"), options_.recipe, mean_square, options_.threads)
-            : quantize_folded(weights->linear[i], options_.recipe, mean_square, options_.threads);
+    return weights == nullptr
+               ? quantize_raw(reader_.tensor(name + ".weight"), options_.recipe, mean_square,
+                              options_.threads)
+               : quantize_folded(weights->linear[i], options_.recipe, mean_square, options_.threads);
   } catch (Error& e) {
     e.tensor_if_unset(name + ".weight");
     e.path_if_unset(reader_.contains(name + ".weight") ? reader_.file_of(name + ".weight")
                                                        : reader_.folder());
     throw;
   }
+}
+
+std::vector<StagedTensor> Job::linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
+                                              const LayerWeights* weights, const QuantizedLinear& q) {
+  const std::string name = formats::linear_names(layer)[i];
   std::vector<StagedTensor> list = packed_tensors(name, q, options_.layout);
   if (!formats::linear_has_bias(config_, i)) return list;
   const std::string bias = name + ".bias";
@@ -243,16 +223,43 @@ std::vector<StagedTensor> Job::linear_tensors(std::uint64_t layer, std::size_t i
     list.push_back(copied(reader_.tensor(bias)));
   } else {
     // A folded bias is kept exact; a bias cut from a fused tensor is in FP32 too.
-    if (raw) throw Error(ErrorKind::internal, "bias of a raw linear is missing").tensor(bias);
+    if (weights == nullptr) throw Error(ErrorKind::internal, "bias of a raw linear is missing").tensor(bias);
     list.push_back(owned_f32(bias, weights->linear[i].bias, {weights->linear[i].rows}));
   }
   return list;
+}
+
+QuantizedLayer Job::quantize_in_streams(std::uint64_t layer, const LayerWeights& weights) {
+  StreamReport report;
+  QuantizedLayer quantized = streams_->quantize(layer, weights, report);
+  result_.dead_channels += report.dead_channels;
+  for (const std::string& site : report.raised) {
+    progress_.warning("layer " + std::to_string(layer) + ", " + site +
+                      ": the inputs are so alike that the damping was raised; more text would help");
+  }
+  return quantized;
+}
+
+// A layer that an earlier run staged: the streams pass through it as they did then.
+void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
+  LayerWeights weights = source_.load_layer(layer, options_.threads);
+  fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights);
+  const formats::SafetensorsFile file = writer.open_unit(layer_unit(layer));
+  const std::array<std::string, kLinears> names = formats::linear_names(layer);
+  QuantizedLayer quantized;
+  for (std::size_t i = 0; i < kLinears; ++i) {
+    const auto [rows, cols] = formats::linear_shape(config_, i);
+    quantized[i] = libquant::make_quantized_linear(rows, cols, options_.recipe.weights.levels, false);
+    read_packed(file, names[i], options_.layout, quantized[i]);
+  }
+  streams_->replay(layer, std::move(weights), quantized);
 }
 
 void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   const std::string unit = layer_unit(layer);
   if (writer.unit_done(unit)) {
     ++result_.resumed_layers;
+    if (streams_ && layer < last_open_layer_) replay_layer(writer, layer);
     return;
   }
   const std::array<std::string, kLinears> names = formats::linear_names(layer);
@@ -263,18 +270,22 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   const bool all_separate = std::all_of(
       names.begin(), names.end(), [&](const std::string& n) { return reader_.contains(n + ".weight"); });
   std::optional<LayerWeights> weights;
-  if (folds || options_.recipe.weighted_search || !all_separate) {
+  if (folds || options_.recipe.weighted_search || !all_separate || streams_) {
     weights = source_.load_layer(layer, options_.threads);
     report =
         fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, *weights);
     result_.clamped += report.clamped;
     result_.zero_channels += report.zero_channels;
   }
+  QuantizedLayer together;
+  if (streams_) together = quantize_in_streams(layer, *weights);
   std::vector<StagedTensor> tensors;
   for (std::size_t i = 0; i < kLinears; ++i) {
     check_interrupt();
-    for (StagedTensor& t : linear_tensors(layer, i, report, weights ? &*weights : nullptr))
-      tensors.push_back(std::move(t));
+    LayerWeights* const loaded = weights ? &*weights : nullptr;
+    const QuantizedLinear q =
+        streams_ ? std::move(together[i]) : quantize_linear(names[i], i, report, loaded);
+    for (StagedTensor& t : linear_tensors(layer, i, report, loaded, q)) tensors.push_back(std::move(t));
     if (weights) weights->linear[i] = {};
   }
   const std::string prefix = layer_prefix(layer);
@@ -329,8 +340,18 @@ QuantizeResult Job::run() {
   for (const auto& [tensor, why] : plan.kept) {
     if (why.starts_with("dropped")) progress_.warning(std::string(tensor).append(": ").append(why));
   }
+  if (options_.recipe.needs_text() && !options_.calibration) {
+    throw Error(ErrorKind::usage, "preset '" + options_.recipe.preset + "' needs calibration text")
+        .hint("give --text FILE; statistics alone do not hold what it needs");
+  }
   FireqWriter writer(fs_, options_.out, reader_.folder(), options_.mode, options_.force, fingerprints());
   obtain_statistics(writer);
+  for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
+    if (!writer.unit_done(layer_unit(layer))) last_open_layer_ = layer;
+  }
+  if (options_.recipe.curvature) {
+    streams_.emplace(source_, *options_.calibration, options_.recipe, options_.threads);
+  }
   progress_.begin("quantize", config_.layers);
   std::vector<std::string> units{"rest"};
   check_interrupt();
@@ -357,6 +378,10 @@ QuantizeResult Job::run() {
     quantization.calibration_fingerprint = statistics_->meta.text_fingerprint;
     quantization.calibration_tokens = statistics_->meta.tokens;
     quantization.calibration_seed = statistics_->meta.seed;
+  } else if (options_.recipe.needs_text()) {
+    quantization.calibration_fingerprint = text_fingerprint_;
+    quantization.calibration_tokens = options_.calibration->ids.size();
+    quantization.calibration_seed = options_.seed;
   }
   quantization.tool_version = options_.tool_version;
   const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
@@ -443,7 +468,12 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     // Hidden states of all windows; a layer's working set is bounded and part of the fixed share.
     plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
   }
-  plan.peak_memory = 2 * plan.largest_layer_fp32 + plan.calibration_bytes + kFixedMemory;
+  if (options.recipe.needs_text() && options.calibration) {
+    plan.calibration_bytes = TwoStreams::bytes(config, options.calibration->ids.size());
+    // The layer as it is, its targets and its panels for both streams.
+    plan.peak_memory = 2 * plan.largest_layer_fp32;
+  }
+  plan.peak_memory += 2 * plan.largest_layer_fp32 + plan.calibration_bytes + kFixedMemory;
   return plan;
 }
 

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <numeric>
 #include <string_view>
 #include <vector>
 
 #include "common/error.hpp"
+#include "common/nearest.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -99,6 +99,16 @@ Field number(std::string_view section, std::string_view key, double Recipe::*mem
           [member](const Recipe& r) { return json(r.*member); }};
 }
 
+Field count(std::string_view section, std::string_view key, std::uint64_t Recipe::*member, double high,
+            const char* expected) {
+  return {section, key,
+          [=](Recipe& r, const json& v) {
+            if (!v.is_number_unsigned()) refuse(expected, v);
+            r.*member = static_cast<std::uint64_t>(number_in(v, 0, high));
+          },
+          [member](const Recipe& r) { return json(r.*member); }};
+}
+
 std::vector<Field> weight_fields() {
   return {
       {"weights", "levels", [](Recipe& r, const json& v) { r.weights.levels = levels_from(v); },
@@ -133,6 +143,13 @@ const std::vector<Field>& fields() {
   static const std::vector<Field> all = [] {
     std::vector<Field> list = weight_fields();
     std::vector<Field> rest = {
+        flag("curvature", "use", &Recipe::curvature),
+        number("curvature", "damping", &Recipe::curvature_damping, 1e-6, 10),
+        count("curvature", "passes", &Recipe::descent_passes, 100, "a whole number"),
+        flag("curvature", "compensate", &Recipe::compensate),
+        number("curvature", "ridge", &Recipe::target_ridge, 1e-6, 10),
+        flag("curvature", "residual", &Recipe::residual),
+        flag("curvature", "kv_stream", &Recipe::stream_kv),
         {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
          [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},
         number("smoothing", "lambda1_c", &Recipe::lambda1_c, 1e-6, 1e3),
@@ -147,12 +164,7 @@ const std::vector<Field>& fields() {
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
         number("keys", "s_exponent", &Recipe::key_s_exponent, 0, 2),
-        {"keys", "top_k",
-         [](Recipe& r, const json& v) {
-           if (!v.is_number_unsigned()) refuse("a whole number; 0 means head_dim / 16", v);
-           r.key_top_k = static_cast<std::uint64_t>(number_in(v, 0, 65536));
-         },
-         [](const Recipe& r) { return json(r.key_top_k); }},
+        count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
         flag("", "kv_cache", &Recipe::kv_cache),
     };
@@ -166,29 +178,14 @@ std::string full_name(std::string_view section, std::string_view key) {
   return section.empty() ? std::string(key) : std::string(section) + "." + std::string(key);
 }
 
-std::size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<std::size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), std::size_t{0});
-  for (std::size_t i = 1; i <= a.size(); ++i) {
-    std::size_t diagonal = row[0];
-    row[0] = i;
-    for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t above = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, diagonal + (a[i - 1] == b[j - 1] ? 0U : 1U)});
-      diagonal = above;
-    }
-  }
-  return row.back();
-}
-
 [[noreturn]] void unknown_key(const std::string& name) {
-  std::string best = "preset";
+  std::vector<std::string> known{"preset"};
   for (const Field& f : fields()) {
-    const std::string candidate = full_name(f.section, f.key);
-    if (edit_distance(name, candidate) < edit_distance(name, best)) best = candidate;
+    known.push_back(full_name(f.section, f.key));
+    if (!f.section.empty()) known.emplace_back(f.section);
   }
   throw Error(ErrorKind::usage, "recipe key '" + name + "' is not known")
-      .hint("did you mean '" + best + "'?");
+      .hint("did you mean '" + nearest_name(name, known) + "'?");
 }
 
 void apply(Recipe& recipe, std::string_view section, const json& object) {
@@ -226,7 +223,7 @@ Recipe preset_recipe(const std::string& name) {
   Recipe r;
   r.preset = name;
   if (name == "rtn") return r;
-  if (name == "paper" || name == "fast") {
+  if (name == "paper" || name == "fast" || name == "best") {
     r.lambda2 = r.lambda3 = true;
     r.key_n = r.key_s = true;
     if (name == "paper") {
@@ -238,9 +235,15 @@ Recipe preset_recipe(const std::string& name) {
       r.weights.search_high = 2;
       r.weighted_search = true;
     }
+    if (name == "best") {
+      r.curvature = true;
+      r.key_n_exponent = r.key_s_exponent = 0.5;
+    }
     return r;
   }
-  throw Error(ErrorKind::usage, "unknown preset '" + name + "'").expected("rtn, paper or fast").found(name);
+  throw Error(ErrorKind::usage, "unknown preset '" + name + "'")
+      .expected("rtn, paper, fast or best")
+      .found(name);
 }
 
 Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors) {
@@ -261,6 +264,11 @@ Recipe parse_recipe(const std::string& json_text, const std::string& path_for_er
     }
     Recipe recipe = preset_recipe(preset);
     apply(recipe, "", root);
+    if (recipe.curvature && recipe.weights.row_scale != RowScale::row) {
+      throw Error(ErrorKind::usage, "recipe key 'curvature.use' needs a scale per row")
+          .expected("weights.row_scale \"row\"")
+          .found("\"tensor\"");
+    }
     return recipe;
   } catch (const json::exception& e) {
     throw Error(ErrorKind::usage, std::string("recipe is not valid JSON: ") + e.what()).path(path_for_errors);

@@ -16,9 +16,18 @@ enum class ValueScaling : std::uint8_t {
 };  // Lambda_1: per value channel, or the release's scalar 0.9
 
 struct Recipe {
-  std::string preset = "paper";  // where it started from: "paper", "rtn", "fast", "custom"
+  std::string preset = "paper";  // where it started from: "paper", "rtn", "fast", "best"
   libquant::WeightQuantizerOptions weights;
   bool weighted_search = false;  // sigma search weighted by mean x^2 of each input channel
+  // Rounding a row's weights together, towards compensated targets (calib/two_streams.hpp). Needs text, a
+  // scale per row, and rounds to products whatever weights.rounding says.
+  bool curvature = false;
+  double curvature_damping = 0.01;   // share of the mean of H's diagonal
+  std::uint64_t descent_passes = 3;  // coordinate descent over scales and codes
+  bool compensate = true;            // targets W*; else the original weights
+  double target_ridge = 0.1;         // pulls W* to the original weights, share of the mean of H's diagonal
+  bool residual = true;              // o and down make up what the residual stream lacks
+  bool stream_kv = false;            // the quantised stream has the INT4 cache, FP8 queries and probabilities
   // Smoothing of weights.
   ValueScaling lambda1 = ValueScaling::off;
   double lambda1_c = 0.0096;  // target mean |w| of o_proj's columns
@@ -37,6 +46,7 @@ struct Recipe {
   bool kv_cache = true;  // the folder asks for the INT4 cache
 
   bool needs_statistics() const noexcept { return weighted_search || key_n || key_s || value_power_of_two; }
+  bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };
 
 Recipe preset_recipe(const std::string& name);  // Error(usage) naming the presets

@@ -101,6 +101,8 @@ class FireqWriter {
     bool from_source = false;
   };
   void stage(const std::string& unit, std::span<const Tensor> tensors);
+  // A unit that is done, to read back.
+  SafetensorsFile open_unit(const std::string& unit) const;
   // Where the caller writes a side file such as calibration.h5, atomically; it survives a resume and is
   // published when this was called (again) in the run that publishes.
   std::string side_file(const std::string& name);

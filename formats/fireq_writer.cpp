@@ -124,6 +124,11 @@ bool FireqWriter::unit_done(const std::string& unit) const {
   return impl_->folder.done().contains(unit);
 }
 
+SafetensorsFile FireqWriter::open_unit(const std::string& unit) const {
+  if (!unit_done(unit)) throw Error(ErrorKind::internal, "a unit is not staged").found(unit);
+  return SafetensorsFile(impl_->folder.unit_path(unit));
+}
+
 std::string FireqWriter::side_file(const std::string& name) {
   if (name.empty() || name.find('/') != std::string::npos || name.front() == '.') {
     throw Error(ErrorKind::internal, "bad name of a side file").found(in_quotes(name));

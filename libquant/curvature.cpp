@@ -171,7 +171,7 @@ CurvatureFactor factor_curvature(const Curvature& sums, double damping, int thre
   const double scale = sums.tokens == 0 ? 0 : 1 / static_cast<double>(sums.tokens);
   parallel_for(n, threads, [&](std::size_t i) {
     for (std::uint64_t j = 0; j < n; ++j) {
-      const double h =
+      const auto h =
           static_cast<double>(sums.square[std::min<std::uint64_t>(i, j) * n + std::max<std::uint64_t>(i, j)]);
       out.matrix[i * n + j] = static_cast<float>(h * scale + (i == j ? out.damping : 0.0));
       out.upper[i * n + j] = static_cast<float>(upper[i * n + j]);
@@ -204,7 +204,7 @@ void TargetSolver::compensate(std::span<float> w, std::uint64_t rows, std::span<
                {product.data(), n});
     std::vector<double> right(count * n);
     for (std::size_t i = 0; i < right.size(); ++i) {
-      double sum = static_cast<double>(product[i]);
+      auto sum = static_cast<double>(product[i]);
       if (!residual.empty()) sum += static_cast<double>(residual[begin * n + i]);
       right[i] = sum * scale + lambda_ * static_cast<double>(part[i]);
     }

@@ -284,8 +284,9 @@ def quantise_rtn_rows(weight):
     padded[:, :cols] = weight
     padded = padded.reshape(rows, groups, GROUP)
     amax = np.abs(padded).max(axis=2)
-    least = np.maximum(amax.max(axis=1) / (7 * 56), 1 / 28672)
-    r = np.array([_round_up_bf16(56 * value) / 56 for value in least])
+    # 56 r is at least amax / 7: one division, exact where the quotient is a bf16 number itself.
+    least = np.maximum(amax.max(axis=1) / 7, 56 / 28672)
+    r = np.array([_round_up_bf16(value) / 56 for value in least])
     # 56 r is a bf16 number; r itself is stored in FP32.
     r = r.astype(np.float32).astype(np.float64)
     scaled = padded / r[:, None, None]

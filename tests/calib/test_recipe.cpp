@@ -48,10 +48,19 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_EQ(fast.weights.search_high, 2);
   EXPECT_TRUE(fast.weighted_search);
   EXPECT_EQ(fast.weights.levels, libquant::Levels::normal());
+  EXPECT_FALSE(fast.needs_text());
+
+  const Recipe best = preset_recipe("best");
+  EXPECT_TRUE(best.needs_text());
+  EXPECT_TRUE(best.curvature && best.compensate && best.residual);
+  EXPECT_EQ(best.weights.levels, libquant::Levels::normal());
+  EXPECT_EQ(best.descent_passes, 3U);
+  EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.5);
+  EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.5);
 }
 
 TEST(Recipe, JsonKeepsEveryChoice) {
-  for (const char* name : {"rtn", "paper", "fast"}) {
+  for (const char* name : {"rtn", "paper", "fast", "best"}) {
     const std::string text = recipe_to_json(preset_recipe(name));
     EXPECT_EQ(recipe_to_json(parse_recipe(text, "r.json")), text) << name;
   }
@@ -80,7 +89,7 @@ TEST(Recipe, EveryKeyIsReadAndWritten) {
     if (key == "rounding") return "product";
     if (key == "search") return json{-1, 1};
     if (key == "lambda1") return "scalar";
-    if (key == "top_k") return v.get<unsigned>() + 1;
+    if (key == "top_k" || key == "passes") return v.get<unsigned>() + 1;
     return v.get<double>() * 0.5 + 0.25;
   };
   int changed = 0;
@@ -120,6 +129,8 @@ TEST(Recipe, RefusesWrongTypesAndRanges) {
   EXPECT_THAT(error(R"({"keys": {"top_k": 1.5}})"), HasSubstr("keys.top_k"));
   EXPECT_THAT(error(R"({"keys": 3})"), HasSubstr("object"));
   EXPECT_THAT(error(R"({"kv_cache": "yes"})"), HasSubstr("true or false"));
+  EXPECT_THAT(error(R"({"curvature": {"passes": -1}})"), HasSubstr("curvature.passes"));
+  EXPECT_THAT(error(R"({"preset": "best", "weights": {"row_scale": "tensor"}})"), HasSubstr("curvature.use"));
   EXPECT_THAT(error("[1]"), HasSubstr("not a JSON object"));
   EXPECT_THAT(error("{"), HasSubstr("not valid JSON"));
   EXPECT_THAT(error(R"({"preset": 1})"), HasSubstr("preset"));

@@ -12,6 +12,7 @@
 #include <fstream>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -77,6 +78,11 @@ struct Family {
                                      : formats::parse_tokenizer_model(bytes, path());
   }
 };
+
+// For the names in ctest's list.
+inline void PrintTo(const Family& family, std::ostream* out) {
+  *out << family.name;
+}
 
 inline constexpr std::array<Family, 6> kFamilies = {{
     {"gpt2", "tokenizers/gpt2/tokenizer.json", Family::Changes::nothing},

@@ -1,0 +1,370 @@
+#include "calib/two_streams.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+
+#include "calib/simd.hpp"
+#include "common/error.hpp"
+#include "common/parallel.hpp"
+#include "common/progress.hpp"
+#include "libquant/activation_quantizer.hpp"
+#include "libquant/curvature_quantizer.hpp"
+#include "libquant/number_formats.hpp"
+
+namespace fireq::calib {
+namespace {
+
+using libquant::Curvature;
+using libquant::QuantizedLinear;
+
+// Tokens per batch (at least one window) and per task of the per-token work.
+constexpr std::uint64_t kBatchTokens = 2048;
+constexpr std::uint64_t kTokenBlock = 128;
+
+Precision quantized_precision(const Recipe& recipe) {
+  Precision p;
+  p.fp8_activations = true;
+  if (recipe.stream_kv && recipe.kv_cache) p.int4_k = p.int4_v = p.fp8_q = p.fp8_p = true;
+  return p;
+}
+
+void for_blocks(std::uint64_t rows, int threads,
+                const std::function<void(std::uint64_t begin, std::uint64_t end)>& body) {
+  parallel_for((rows + kTokenBlock - 1) / kTokenBlock, threads, [&](std::size_t block) {
+    body(block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows));
+  });
+}
+
+// What the forward pass multiplies for a packed linear.
+LinearPanels operand_panels(const QuantizedLinear& q, const std::vector<float>& bias, int threads) {
+  const libquant::ProductTable table(q.levels);
+  LinearPanels out;
+  out.weight = Panels(q.rows, q.cols);
+  constexpr std::uint64_t kRows = simd::kPanel;
+  parallel_for((q.rows + kRows - 1) / kRows, threads, [&](std::size_t task) {
+    const std::uint64_t begin = task * kRows;
+    const std::uint64_t count = std::min(kRows, q.rows - begin);
+    std::vector<float> rows(count * q.cols);
+    libquant::operand_rows(q, table, begin, count, rows);
+    out.weight.set_rows(begin, rows);
+  });
+  out.row_scale = q.row_scales;
+  out.bias = bias;
+  return out;
+}
+
+}  // namespace
+
+struct TwoStreams::Layer {
+  std::uint64_t index = 0;
+  LayerWeights weights;  // targets replace the matrices
+  LayerPanels original, quantized;
+  QuantizedLayer result;
+  StreamReport* report = nullptr;  // null: a replay, `result` is given
+};
+
+TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads)
+    : source_(source),
+      windows_(windows),
+      recipe_(recipe),
+      threads_(threads),
+      rope_(source.config(), windows.length),
+      original_runner_(source.config(), Precision{}, threads),
+      quantized_runner_(source.config(), quantized_precision(recipe), threads),
+      original_(windows.ids.size() * source.config().hidden) {
+  source.embed(windows.ids, original_);
+  quantized_ = original_;
+}
+
+std::uint64_t TwoStreams::bytes(const formats::ModelConfig& config, std::uint64_t tokens) {
+  const std::uint64_t widest = std::max({config.hidden, config.q_rows(), config.ffn});
+  // Sums (8), factor in FP64 (8), and the damped matrix with its factor (8) per element.
+  return tokens * (2 * config.hidden * sizeof(float) + widest) + 24 * widest * widest;
+}
+
+std::vector<Batch> TwoStreams::batches() const {
+  const std::uint64_t at_once = std::max<std::uint64_t>(1, kBatchTokens / windows_.length);
+  std::vector<Batch> list;
+  for (std::uint64_t first = 0; first < windows_.count; first += at_once) {
+    list.push_back({std::min(at_once, windows_.count - first), windows_.length, 0, first});
+  }
+  return list;
+}
+
+QuantizedLayer TwoStreams::quantize(std::uint64_t layer, LayerWeights weights, StreamReport& report) {
+  Layer work{layer, std::move(weights), {}, {}, {}, &report};
+  run(work);
+  return std::move(work.result);
+}
+
+void TwoStreams::replay(std::uint64_t layer, LayerWeights weights, const QuantizedLayer& quantized) {
+  Layer work{layer, std::move(weights), {}, {}, quantized, nullptr};
+  run(work);
+}
+
+void TwoStreams::run(Layer& work) {
+  const formats::ModelConfig& config = source_.config();
+  const bool quantizing = work.report != nullptr;
+  for (std::size_t i = 0; i < kLinears; ++i) {
+    const LinearWeights& w = work.weights.linear[i];
+    work.original.linear[i].weight = Panels(w.weight, w.rows, w.cols, threads_);
+    work.original.linear[i].bias = w.bias;
+  }
+  for (LayerPanels* panels : {&work.original, &work.quantized}) {
+    panels->attn_norm = work.weights.attn_norm;
+    panels->mlp_norm = work.weights.mlp_norm;
+    panels->q_norm = work.weights.q_norm;
+    panels->k_norm = work.weights.k_norm;
+    panels->k_post_rope_scale = work.weights.k_post_rope_scale;
+  }
+  const auto sums_for = [&](std::uint64_t channels) {
+    std::optional<Curvature> sums;
+    if (quantizing) sums.emplace(channels);
+    return sums;
+  };
+  const auto residual_for = [&](std::uint64_t channels) {
+    return std::vector<float>(quantizing && recipe_.residual ? config.hidden * channels : 0, 0.0F);
+  };
+  // Quantised linears of a site, from their targets or as given, ready to multiply.
+  const auto finish = [&](std::initializer_list<LinearIndex> which, std::optional<Curvature>& sums,
+                          std::span<const float> residual, const char* site) {
+    const std::vector<LinearIndex> list(which);
+    if (sums) quantize_linears(work, list, *sums, residual, site);
+    for (const LinearIndex i : list) {
+      work.quantized.linear[i] = operand_panels(work.result[i], work.weights.linear[i].bias, threads_);
+      std::vector<float>().swap(work.weights.linear[i].weight);
+    }
+  };
+
+  {
+    std::optional<Curvature> sums = sums_for(config.hidden);
+    if (sums) norm_inputs(work, work.weights.attn_norm, &*sums);
+    finish({kQ, kK, kV}, sums, {}, "attn_in");
+  }
+  {
+    std::optional<Curvature> sums = sums_for(config.q_rows());
+    std::vector<float> residual = residual_for(config.q_rows());
+    attention_inputs(work, sums ? &*sums : nullptr, residual.empty() ? nullptr : &residual);
+    finish({kO}, sums, residual, "o_in");
+    advance_quantized(work.quantized.linear[kO]);
+  }
+  {
+    std::optional<Curvature> sums = sums_for(config.hidden);
+    if (sums) norm_inputs(work, work.weights.mlp_norm, &*sums);
+    finish({kGate, kUp}, sums, {}, "mlp_in");
+  }
+  {
+    std::optional<Curvature> sums = sums_for(config.ffn);
+    std::vector<float> residual = residual_for(config.ffn);
+    down_inputs(work, sums ? &*sums : nullptr, residual.empty() ? nullptr : &residual);
+    finish({kDown}, sums, residual, "down_in");
+    advance_quantized(work.quantized.linear[kDown]);
+  }
+}
+
+// Inputs of q, k, v or of gate, up: both streams' norms.
+void TwoStreams::norm_inputs(Layer& /*work*/, const std::vector<float>& norm, Curvature* sums) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const auto eps = static_cast<float>(source_.config().rms_eps);
+  SiteBatch site;
+  site.stride = padded_stride(hidden);
+  inputs_ = {};
+  for (const Batch& batch : batches()) {
+    check_interrupt();
+    const std::uint64_t rows = batch.sequences * batch.length;
+    const std::uint64_t first = batch.first_sequence * batch.length;
+    site.original.resize(rows * site.stride);
+    site.quantized.resize(rows * site.stride);
+    for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+      for (std::uint64_t i = begin; i < end; ++i) {
+        simd::kernels().rms_norm(original_.data() + (first + i) * hidden, norm.data(), eps, hidden,
+                                 site.original.data() + i * site.stride);
+        simd::kernels().rms_norm(quantized_.data() + (first + i) * hidden, norm.data(), eps, hidden,
+                                 site.quantized.data() + i * site.stride);
+      }
+    });
+    take(batch, site, hidden, sums, nullptr);
+  }
+}
+
+// Inputs of o: the attention's outputs. The original stream moves on behind o.
+void TwoStreams::attention_inputs(Layer& work, Curvature* sums, std::vector<float>* residual) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::uint64_t channels = source_.config().q_rows();
+  SiteBatch site;
+  site.stride = padded_stride(channels);
+  inputs_ = {channels, std::vector<std::uint8_t>(windows_.ids.size() * channels),
+             std::vector<float>(windows_.ids.size())};
+  std::vector<float> out;
+  for (const Batch& batch : batches()) {
+    check_interrupt();
+    const std::uint64_t rows = batch.sequences * batch.length;
+    const std::uint64_t first = batch.first_sequence * batch.length;
+    out.resize(rows * channels);
+    const auto attend = [&](LayerRunner& runner, const LayerPanels& panels, const std::vector<float>& stream,
+                            FloatBuffer& to) {
+      runner.attention_outputs(panels, work.index, rope_, batch,
+                               std::span(stream).subspan(first * hidden, rows * hidden), out);
+      to.resize(rows * site.stride);
+      for (std::uint64_t i = 0; i < rows; ++i) {
+        std::copy_n(out.data() + i * channels, channels, to.data() + i * site.stride);
+      }
+    };
+    attend(original_runner_, work.original, original_, site.original);
+    attend(quantized_runner_, work.quantized, quantized_, site.quantized);
+    take(batch, site, channels, sums, residual);
+    advance_original(work.original.linear[kO], batch, site);
+  }
+}
+
+// Inputs of down. The original stream moves on behind it.
+void TwoStreams::down_inputs(Layer& work, Curvature* sums, std::vector<float>* residual) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::uint64_t channels = source_.config().ffn;
+  const auto eps = static_cast<float>(source_.config().rms_eps);
+  SiteBatch site;
+  site.stride = padded_stride(channels);
+  inputs_ = {channels, std::vector<std::uint8_t>(windows_.ids.size() * channels),
+             std::vector<float>(windows_.ids.size())};
+  for (const Batch& batch : batches()) {
+    check_interrupt();
+    const std::uint64_t rows = batch.sequences * batch.length;
+    const std::uint64_t first = batch.first_sequence * batch.length;
+    const auto activate = [&](const LayerPanels& panels, const std::vector<float>& stream, bool fp8,
+                              FloatBuffer& to) {
+      to.resize(rows * site.stride);
+      for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+        Pool<FloatBuffer>::Loan x(areas_);
+        Pool<FloatBuffer>::Loan up(areas_);
+        const std::size_t ldx = padded_stride(hidden);
+        const std::uint64_t m = end - begin;
+        x->resize(m * ldx);
+        up->resize(m * site.stride);
+        std::vector<float> scale(fp8 ? m : 0);
+        for (std::uint64_t i = 0; i < m; ++i) {
+          float* row = x->data() + i * ldx;
+          simd::kernels().rms_norm(stream.data() + (first + begin + i) * hidden, panels.mlp_norm.data(), eps,
+                                   hidden, row);
+          if (fp8) scale[i] = libquant::quantize_token_in_place({row, hidden});
+        }
+        const float* scales = fp8 ? scale.data() : nullptr;
+        float* gate = to.data() + begin * site.stride;
+        apply_linear(panels.linear[kGate], x->data(), ldx, m, scales, fp8, gate, site.stride, 1);
+        apply_linear(panels.linear[kUp], x->data(), ldx, m, scales, fp8, up->data(), site.stride, 1);
+        for (std::uint64_t i = 0; i < m; ++i) {
+          simd::kernels().silu_mul(gate + i * site.stride, up->data() + i * site.stride, channels);
+        }
+      });
+    };
+    activate(work.original, original_, false, site.original);
+    activate(work.quantized, quantized_, true, site.quantized);
+    take(batch, site, channels, sums, residual);
+    advance_original(work.original.linear[kDown], batch, site);
+  }
+}
+
+// Rounds the quantised side to FP8 (kept for advance_quantized where inputs_ has room) and adds the batch to
+// the sums.
+void TwoStreams::take(const Batch& batch, SiteBatch& site, std::uint64_t channels, Curvature* sums,
+                      std::vector<float>* residual) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::uint64_t rows = batch.sequences * batch.length;
+  const std::uint64_t first = batch.first_sequence * batch.length;
+  for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+    std::vector<std::uint8_t> spare(inputs_.code.empty() ? channels : 0);
+    for (std::uint64_t i = begin; i < end; ++i) {
+      const std::span<float> x(site.quantized.data() + i * site.stride, channels);
+      const std::span<std::uint8_t> code =
+          inputs_.code.empty() ? std::span(spare)
+                               : std::span(inputs_.code).subspan((first + i) * channels, channels);
+      const float a = libquant::quantize_token(x, code);
+      if (!inputs_.code.empty()) inputs_.scale[first + i] = a;
+      libquant::decode_e4m3(code, x);
+      for (float& v : x) v *= a;
+    }
+  });
+  if (residual != nullptr) {
+    FloatBuffer lack(rows * hidden);
+    const std::size_t begin = first * hidden;
+    for (std::size_t i = 0; i < lack.size(); ++i) lack[i] = original_[begin + i] - quantized_[begin + i];
+    libquant::add_outer_products(lack.data(), hidden, hidden, site.quantized.data(), site.stride, channels,
+                                 rows, false, *residual, threads_);
+  }
+  if (sums != nullptr) sums->add(site.quantized.data(), site.original.data(), site.stride, rows, threads_);
+}
+
+void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> which, Curvature& sums,
+                                  std::span<const float> residual, const char* site) {
+  if (recipe_.compensate) {
+    const libquant::TargetSolver solver(sums, recipe_.target_ridge, threads_);
+    for (const LinearIndex i : which) {
+      check_interrupt();
+      LinearWeights& w = work.weights.linear[i];
+      solver.compensate(w.weight, w.rows, residual, threads_);
+    }
+  }
+  const libquant::CurvatureFactor factor =
+      libquant::factor_curvature(sums, recipe_.curvature_damping, threads_);
+  work.report->dead_channels += factor.dead;
+  if (factor.raised) work.report->raised.emplace_back(site);
+  libquant::CurvatureQuantizerOptions options;
+  options.row_scale = libquant::RowScale::row;
+  options.search_low = recipe_.weights.search_low;
+  options.search_high = recipe_.weights.search_high;
+  options.passes = static_cast<unsigned>(recipe_.descent_passes);
+  for (const LinearIndex i : which) {
+    check_interrupt();
+    const LinearWeights& w = work.weights.linear[i];
+    work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, recipe_.weights.levels, false);
+    try {
+      const libquant::CurvatureError error =
+          libquant::quantize_with_curvature(w.weight, factor, options, threads_, work.result[i]);
+      work.report->error[i] = error.reference > 0 ? std::sqrt(error.final / error.reference) : 0;
+    } catch (Error& error) {
+      throw error.tensor_if_unset(w.name + ".weight").path_if_unset(source_.reader().folder());
+    }
+  }
+}
+
+void TwoStreams::advance_original(const LinearPanels& linear, const Batch& batch, const SiteBatch& site) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::uint64_t first = batch.first_sequence * batch.length;
+  for_blocks(batch.sequences * batch.length, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+    Pool<FloatBuffer>::Loan y(areas_);
+    const std::size_t ldy = padded_stride(hidden);
+    y->resize((end - begin) * ldy);
+    apply_linear(linear, site.original.data() + begin * site.stride, site.stride, end - begin, nullptr, false,
+                 y->data(), ldy, 1);
+    for (std::uint64_t i = begin; i < end; ++i) {
+      float* h = original_.data() + (first + i) * hidden;
+      const float* row = y->data() + (i - begin) * ldy;
+      for (std::uint64_t c = 0; c < hidden; ++c) h[c] += row[c];
+    }
+  });
+}
+
+void TwoStreams::advance_quantized(const LinearPanels& linear) {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::size_t ldx = padded_stride(inputs_.channels);
+  const std::size_t ldy = padded_stride(hidden);
+  for_blocks(windows_.ids.size(), threads_, [&](std::uint64_t begin, std::uint64_t end) {
+    Pool<FloatBuffer>::Loan x(areas_);
+    Pool<FloatBuffer>::Loan y(areas_);
+    x->resize((end - begin) * ldx);
+    y->resize((end - begin) * ldy);
+    for (std::uint64_t i = begin; i < end; ++i) {
+      libquant::decode_e4m3(std::span(inputs_.code).subspan(i * inputs_.channels, inputs_.channels),
+                            {x->data() + (i - begin) * ldx, inputs_.channels});
+    }
+    apply_linear(linear, x->data(), ldx, end - begin, inputs_.scale.data() + begin, true, y->data(), ldy, 1);
+    for (std::uint64_t i = begin; i < end; ++i) {
+      float* h = quantized_.data() + i * hidden;
+      const float* row = y->data() + (i - begin) * ldy;
+      for (std::uint64_t c = 0; c < hidden; ++c) h[c] += row[c];
+    }
+  });
+}
+
+}  // namespace fireq::calib
