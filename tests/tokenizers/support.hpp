@@ -93,6 +93,9 @@ inline constexpr std::array<Family, 6> kFamilies = {{
     {"llama2_model", "tokenizers/llama2/tokenizer.model", Family::Changes::marks_spaces},
 }};
 
+// For what does not depend on the vocabulary: one of each kind of pipeline, the quickest to load.
+inline constexpr std::array<Family, 3> kSmallFamilies = {kFamilies[3], kFamilies[4], kFamilies[5]};
+
 inline std::string family_name(const testing::TestParamInfo<Family>& info) {
   return info.param.name;
 }
