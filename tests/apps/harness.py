@@ -228,6 +228,8 @@ class TestCase(unittest.TestCase):
         self._tmp = tempfile.TemporaryDirectory(prefix="fireq-test-")
         self.tmp = Path(self._tmp.name)
         self.addCleanup(self._tmp.cleanup)
+        begin = time.monotonic()
+        self.addCleanup(lambda: print(f"({time.monotonic() - begin:.1f} s)", end=" ", file=sys.stderr))
 
     @classmethod
     def quantised(cls, name, model, *args):
