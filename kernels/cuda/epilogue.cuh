@@ -19,7 +19,7 @@ struct OutputParams {
   std::uint32_t tokens;  // M
   std::uint32_t rows;    // N
   // The common case, a fifth of the instructions: no residual, N even, rows of the output 4-byte aligned.
-  bool paired;
+  bool paired = false;
 };
 
 // What a thread needs of its two output rows (g and g + 8 of a 16-row slice).
