@@ -21,6 +21,38 @@ std::uint32_t decode_tile(std::uint64_t tokens) {
   return kDecodeTiles.back();
 }
 
+// Rounds of whole tiles, or a split of what does not fill a round, by times measured on an H200
+// (docs/kernels/results.md): microseconds a K group of a tile, and what summing shared tiles costs.
+GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::uint64_t rows,
+                          std::uint64_t cols) {
+  struct Cost {
+    std::uint32_t token_tile;
+    double group, split;
+  };
+  constexpr std::array<Cost, 2> kCosts{{{128, 0.37, 8.0}, {256, 0.57, 10.0}}};
+  const std::uint64_t clusters = std::max<std::uint64_t>(1, device.multiprocessors / 2);
+  const std::uint64_t groups = (cols + 127) / 128;
+  GemmChoice best;
+  double least = 0;
+  for (const Cost& cost : kCosts) {
+    if (cost.token_tile > 128 && tokens <= 128) continue;
+    const std::uint64_t blocks = (rows + 255) / 256 * ((tokens + cost.token_tile - 1) / cost.token_tile);
+    const auto rounds = static_cast<double>((blocks + clusters - 1) / clusters * groups);
+    const double share = static_cast<double>(blocks * groups) / static_cast<double>(clusters);
+    const double whole = rounds * cost.group;
+    const double split = share * cost.group + cost.split;
+    const double time = std::min(whole, split);
+    if (least != 0 && time >= least) continue;
+    least = time;
+    best.config = {Route::prefill, cost.token_tile, 2, 1, split < whole};
+    best.reason = "prefill: " + std::to_string(blocks) + " tiles of 256 x " +
+                  std::to_string(cost.token_tile) + " on " + std::to_string(clusters) +
+                  " pairs of multiprocessors, " +
+                  (split < whole ? "the remainder cut along K" : "in whole rounds");
+  }
+  return best;
+}
+
 }  // namespace
 
 std::string to_string(Route route) {
@@ -55,7 +87,7 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
       for (const std::uint32_t tile : kDecodeTiles) {
         if (tile < tokens) continue;
         all.push_back({Route::decode, tile, 1});
-        all.push_back({Route::decode, tile, 1, 1, true, false});
+        if (tile == 16 || tile == 32) all.push_back({Route::decode, tile, 1, 1, true, false});
         all.push_back({Route::decode, tile, 1, 2});
       }
     }
@@ -71,8 +103,6 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
 
 GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
                        std::uint64_t rows, std::uint64_t cols) {
-  (void)rows;
-  (void)cols;
   if (!has_sm90a(device) || layout != WeightLayout::sm90) {
     if (device.compute_capability >= 89 && tokens >= 256)
       return {{Route::cublas, 0, 1},
@@ -83,8 +113,7 @@ GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint6
     const std::uint32_t tile = decode_tile(tokens);
     return {{Route::decode, tile, 1}, "decode"};
   }
-  if (tokens <= 128) return {{Route::prefill, 128, 2}, "one tile of 128 tokens"};
-  return {{Route::prefill, 256, 2}, "tiles of 256 tokens"};
+  return choose_prefill(device, tokens, rows, cols);
 }
 
 SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config,

@@ -38,7 +38,8 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
               problem.y.data,
               problem.y.pitch,
               static_cast<std::uint32_t>(problem.x.tokens),
-              static_cast<std::uint32_t>(w.rows)};
+              static_cast<std::uint32_t>(w.rows),
+              stored_in_pairs(problem)};
   std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
   p.plan = decode_plan(w.rows, w.cols, config, multiprocessors);
   p.workspace = static_cast<uint4*>(options.workspace.data);
@@ -60,10 +61,15 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
 template <std::uint32_t kTokens>
 void launch_tokens(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                    const GemmOptions& options) {
-  if (config.ahead)
-    launch_traits<Choice<kTokens, true>>(problem, config, multiprocessors, options);
-  else
+  // At 64 tokens the accumulators leave no registers for codes loaded ahead.
+  if constexpr (kTokens == 64) {
     launch_traits<Choice<kTokens, false>>(problem, config, multiprocessors, options);
+  } else {
+    if (config.ahead || kTokens == 8)
+      launch_traits<Choice<kTokens, true>>(problem, config, multiprocessors, options);
+    else
+      launch_traits<Choice<kTokens == 8 ? 16 : kTokens, false>>(problem, config, multiprocessors, options);
+  }
 }
 
 }  // namespace

@@ -262,9 +262,7 @@ class DecodeConsumer {
       const std::uint32_t j = first_block + i * step;
       const uint4 w = ptx::load_shared_16(sums() + 4096 * i);
       float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-      finish_block(p_.output, terms, row + lane_ / 4, 8 * j + 2 * (lane_ % 4), scales[8 * j],
-                   scales[8 * j + 1], v);
-      store_block(p_.output, row, 8 * j, lane_, v);
+      finish_and_store(p_.output, terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v);
     }
   }
 
@@ -308,6 +306,9 @@ class DecodeConsumer {
             fragment[kg].load(half + kg * kTileBytes, table, warp_, lane_);
           release_weights(weights_.index);
           weights_.advance();
+        } else {  // the next stage, whose first codes this unit's last steps load
+          weights_.advance();
+          wait_for_weights(watch);
         }
         const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(tokens_.index));
 #pragma unroll
@@ -321,15 +322,15 @@ class DecodeConsumer {
             codes.expand(s, a[s]);
             pin(a[s]);
             if constexpr (Traits::kAhead) {
-              if (kg + 1 == Traits::kGroups && s == 1) {
-                weights_.advance();
-                wait_for_weights(watch);
-              }
-              const std::uint32_t from = half_of(weights_.index) + (kg + 1) % Traits::kGroups * kTileBytes;
+              // No wait here: a branch between multiplies would serialise them (ptxas C7513).
+              const std::uint32_t from = kg + 1 == Traits::kGroups
+                                             ? half_of(weights_.index)
+                                             : half_of(weights_.previous()) + (kg + 1) * kTileBytes;
               if (s == 1) sigma = next_.load_first(from, warp_, lane_);
               if (s == 3) {
                 next_.load_second(from, table, sigma, warp_, lane_);
-                if ((kg + 2) % Traits::kGroups == 0) release_weights(weights_.index);
+                if (Traits::kGroups == 1) release_weights(weights_.index);
+                if (Traits::kGroups > 1 && kg + 2 == Traits::kGroups) release_weights(weights_.previous());
               }
             }
             if constexpr (kVariant == Variant::dump)

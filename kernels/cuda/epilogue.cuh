@@ -18,6 +18,8 @@ struct OutputParams {
   std::uint64_t out_pitch;
   std::uint32_t tokens;  // M
   std::uint32_t rows;    // N
+  // The common case, a fifth of the instructions: no residual, N even, rows of the output 4-byte aligned.
+  bool paired = false;
 };
 
 // What a thread needs of its two output rows (g and g + 8 of a 16-row slice).
@@ -83,6 +85,30 @@ __device__ __forceinline__ void store_block(const OutputParams& p, std::uint32_t
       if (row + 1 < p.rows) dst[1] = static_cast<std::uint16_t>(pair >> 16U);
     }
   }
+}
+
+// Both for one 16 x 8 block. a0, a1: scales of tokens first_token + 2 (lane % 4) + {0, 1}.
+__device__ __forceinline__ void finish_and_store(const OutputParams& p, const RowTerms& terms,
+                                                 std::uint32_t first_row, std::uint32_t first_token,
+                                                 std::uint32_t lane, float a0, float a1, float (&v)[4]) {
+  if (!p.paired) {
+    finish_block(p, terms, first_row + lane / 4, first_token + 2 * (lane % 4), a0, a1, v);
+    store_block(p, first_row, first_token, lane, v);
+    return;
+  }
+  const std::uint32_t token = first_token + lane / 4;
+  const std::uint32_t row = first_row + 2 * (lane % 4);
+  std::uint32_t pair[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float y0 = __fmul_rn(__fmul_rn(a0, terms.scale[i]), v[2 * i]) + terms.bias[i];
+    const float y1 = __fmul_rn(__fmul_rn(a1, terms.scale[i]), v[2 * i + 1]) + terms.bias[i];
+    pair[i] = ptx::transpose_8x8(ptx::pack_bf16(y0, y1));
+  }
+  auto* dst = reinterpret_cast<std::uint32_t*>(
+      p.out + static_cast<std::uint64_t>(token) * static_cast<std::uint32_t>(p.out_pitch) + row);
+  if (token < p.tokens && row < p.rows) dst[0] = pair[0];
+  if (token < p.tokens && row + 8 < p.rows) dst[4] = pair[1];
 }
 
 }  // namespace fireq::kernels

@@ -14,6 +14,13 @@ struct GemmProblem {
   std::uint8_t* dump = nullptr;  // non-null: write the operands there instead of caring for y
 };
 
+// What OutputParams::paired asks.
+inline bool stored_in_pairs(const GemmProblem& problem) {
+  return problem.epilogue.residual == nullptr && problem.w.rows % 2 == 0 && problem.y.pitch % 2 == 0 &&
+         problem.y.pitch < (std::uint64_t{1} << 32U) &&
+         reinterpret_cast<std::uintptr_t>(problem.y.data) % 4 == 0;
+}
+
 void launch_portable(const GemmProblem& problem, const GemmOptions& options);
 void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                    const GemmOptions& options);

@@ -25,7 +25,8 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
               problem.y.data,
               problem.y.pitch,
               static_cast<std::uint32_t>(problem.x.tokens),
-              static_cast<std::uint32_t>(w.rows)};
+              static_cast<std::uint32_t>(w.rows),
+              stored_in_pairs(problem)};
   std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
   p.plan = prefill_plan(w.rows, w.cols, problem.x.tokens, config, multiprocessors);
   p.workspace = static_cast<uint4*>(options.workspace.data);

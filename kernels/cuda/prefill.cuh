@@ -461,6 +461,16 @@ class PrefillConsumer {
           (worker() - slots.first + slots.workers - group_ * kPieces % slots.workers) % slots.workers;
       if (mine >= kPieces) continue;
       const std::uint32_t count = (kPieces - mine + slots.workers - 1) / slots.workers;
+      // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
+      const std::uint32_t first_token = place.token_tile * Traits::kTokens;
+      constexpr std::uint32_t kKept =
+          Traits::kTokens / 64;  // two workers at least: half of the pieces at most
+      float scale[kKept];
+#pragma unroll
+      for (std::uint32_t k = 0; k < kKept; ++k) {
+        const std::uint32_t i = 2 * k + lane_ / 16;
+        scale[k] = i < count ? token_scale(first_token + 16 * (mine + i * slots.workers) + lane_ % 16) : 0.0F;
+      }
       // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece.
       const std::uint32_t sums = staging() + 16 * (32 * warp_ + lane_);
       float sum[8] = {};
@@ -473,17 +483,19 @@ class PrefillConsumer {
         for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
       });
       __syncwarp();
+#pragma unroll
+      for (std::uint32_t k = 0; k < kKept; ++k) {
 #pragma unroll 1
-      for (std::uint32_t i = 0; i < 2 * count; ++i) {
-        const std::uint32_t token =
-            place.token_tile * Traits::kTokens + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
-        const std::uint32_t own = token + 2 * (lane_ % 4);
-        const float a0 = token_scale(own);
-        const float a1 = token_scale(own + 1);
-        const uint4 w = ptx::load_shared_16(sums + 2048 * i);
-        float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-        finish_block(p_.output, terms, row + lane_ / 4, own, a0, a1, v);
-        store_block(p_.output, row, token, lane_, v);
+        for (std::uint32_t i = 4 * k; i < min(4 * k + 4, 2 * count); ++i) {
+          const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
+          const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
+          const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
+          const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+          float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
+                        __uint_as_float(w.w)};
+          const std::uint32_t token = first_token + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
+          finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
+        }
       }
     }
   }

@@ -128,11 +128,13 @@ class GemmTest : public GpuTest {
 
   void check_all(const Case& c, const std::array<float, 8>& levels, Spread spread, bool per_tensor,
                  double limit) {
-    std::mt19937 rng(std::random_device{}());
+    std::mt19937 rng(20261128);
     const Layer l = make_layer(rng, c.n, c.k, levels, spread, per_tensor);
     const DeviceLayer d(l);
     const Tokens t = make_tokens(rng, c.m, c.k);
     const Product expected = definition_product(t, l, definition_operands(l));
+    // With few outputs the roundings to bf16, up to 2^-8 each, do not average out.
+    if (c.m * c.n < 1024) limit = std::max(limit, 3.9e-3);
     for (const GemmConfig& config : gemm_configs(device, WeightLayout::sm90, c.m)) {
       const bool plain_only = config.route == Route::cublas;
       if (plain_only && (c.n % 8 != 0 || c.k % 16 != 0 || per_tensor)) continue;
@@ -195,7 +197,7 @@ TEST_F(GemmTest, LongKStaysAccurate) {
 }
 
 TEST_F(GemmTest, SmallOperandsAreTheDefinitionsBitForBit) {
-  std::mt19937 rng(std::random_device{}());
+  std::mt19937 rng(20261128);
   for (const auto& levels : {kInt4, kNormalLike, kWide}) {
     for (const auto& [n, k] : {std::pair{1U, 1U}, {129U, 300U}, {256U, 128U}, {200U, 1408U}}) {
       const Layer l = make_layer(rng, n, k, levels, Spread::all_scales);
@@ -221,7 +223,7 @@ TEST_F(GemmTest, SmallOperandsAreTheDefinitionsBitForBit) {
 }
 
 TEST_F(GemmTest, SmallPrepackIsTheCpusAndComesBack) {
-  std::mt19937 rng(std::random_device{}());
+  std::mt19937 rng(20261128);
   for (const std::uint64_t n : {1U, 8U, 127U, 128U, 129U, 288U}) {
     for (const std::uint64_t k : {1U, 8U, 127U, 128U, 129U, 288U}) {
       const Layer l = make_layer(rng, n, k, kInt4, Spread::all_scales);
@@ -247,7 +249,7 @@ TEST_F(GemmTest, SmallPrepackIsTheCpusAndComesBack) {
 // one.
 TEST_F(GemmTest, ChainedLaunchesWaitForEachOther) {
   if (device.compute_capability != 90) GTEST_SKIP() << "no sm_90a kernels here";
-  std::mt19937 rng(std::random_device{}());
+  std::mt19937 rng(20261128);
   const std::uint64_t width = 1024;
   const Layer l = make_layer(rng, width, width, kNormalLike, Spread::usual);
   const DeviceLayer d(l);
@@ -278,7 +280,7 @@ TEST_F(GemmTest, ChainedLaunchesWaitForEachOther) {
 }
 
 TEST_F(GemmTest, RefusesBrokenOperands) {
-  std::mt19937 rng(std::random_device{}());
+  std::mt19937 rng(20261128);
   const Layer l = make_layer(rng, 128, 256, kInt4, Spread::usual);
   const DeviceLayer d(l);
   DeviceBuffer<std::uint8_t> x8(512 * 256);
