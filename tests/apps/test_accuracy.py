@@ -27,6 +27,9 @@ class Stories15M(TestCase):
     def test_fast_with_normal_levels(self):
         self.assertLess(self.cost("fast-normal", "--preset", "fast", "--levels", "normal", *CALIBRATE), 0.09)
 
+    def test_best(self):
+        self.assertLess(self.cost("best", "--preset", "best", *CALIBRATE), 0.04)
+
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,12 @@ class Threads(TestCase):
     def test_fast_with_awkward_sizes(self):
         self.check(STORIES_15M, "--preset", "fast", "--text", TINY, "--max-chars", 8000, "--samples", 3, "--length", 131)
 
+    def test_best(self):
+        self.check(STORIES_260K, "--preset", "best", *CALIBRATE_260K)
+
+    def test_best_with_awkward_sizes(self):
+        self.check(STORIES_15M, "--preset", "best", "--text", TINY, "--max-chars", 8000, "--samples", 3, "--length", 131)
+
     def test_statistics_file(self):
         files = []
         for threads in (1, 2, 7):

@@ -29,7 +29,7 @@ class Killed(TestCase):
 
     def kill_and_resume(self, seed, model, *args):
         """Kills after random times, again and again, until a resumed run comes through."""
-        whole = self.shared / ("whole-" + model.name)
+        whole = self.shared / f"whole-{args[1]}-{model.name}"
         if whole not in self.lengths:
             self.lengths[whole] = fireq("quantize", model, "-o", whole, "--quiet", *args).seconds
         length = self.lengths[whole]
@@ -67,6 +67,12 @@ class Killed(TestCase):
     def test_kill_a_short_run(self):
         for seed in range(6):
             self.kill_and_resume(seed, STORIES_260K, "--preset", "paper", *CALIBRATE_260K)
+
+    def test_kill_a_run_whose_layers_depend_on_one_another(self):
+        """Preset best: each layer is rounded against what the layers before it, already packed, give."""
+        kills = sum(self.kill_and_resume(seed, STORIES_260K, "--preset", "best", *CALIBRATE_260K)
+                    for seed in range(21, 25))
+        self.assertGreater(kills, 1, "the kills came too late to test anything")
 
     def test_resume_after_every_layer(self):
         """The partial folder as it was after each unit, resumed."""

@@ -33,7 +33,7 @@ class Validate(TestCase):
             self.assertTrue(0 <= entry["product_rel_error"] < 1e-5, entry)
 
     def test_folded_reference(self):
-        for preset in ("paper", "fast"):
+        for preset in ("paper", "fast", "best"):
             out = self.quantised(preset, STORIES_260K, "--preset", preset, *CALIBRATE_260K)
             got = fireq_json("validate", out, "--reference", STORIES_260K)
             for entry in got["linears"]:

@@ -58,7 +58,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
     write_random_model(folder_.path() / "model", model);
     source_ = open_weights(folder_ / "model");
     // Windows that do not fill whole batches of tokens.
-    windows_ = random_windows(23, 100, source_->config().vocab, 5);
+    windows_ = random_windows(21, 100, source_->config().vocab, 5);
   }
 
   std::vector<QuantizedLayer> quantize_all(const Recipe& recipe, int threads) {
@@ -178,7 +178,7 @@ TEST_P(TwoStreamsTest, EachPartOfTheRecipeBringsTheModelNearer) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, TwoStreamsTest, testing::Values("llama", "qwen3"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& family) { return std::string(family.param); });
 
 }  // namespace
 }  // namespace fireq::calib
