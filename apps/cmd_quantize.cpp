@@ -153,7 +153,8 @@ int run(const Arguments& a) {
     report.line(
         fmt::format("{} input channels were zero on all of the calibration text", result.dead_channels));
   }
-  if (progress.warnings() > 0) report.line(fmt::format("{} warnings", progress.warnings()));
+  if (progress.warnings() > 0)
+    report.line(fmt::format("{} warning{}", progress.warnings(), progress.warnings() == 1 ? "" : "s"));
   report.json({{"out", a.out},
                {"linears", result.linears},
                {"bytes_before", result.bytes_before},
