@@ -70,7 +70,7 @@ Levels levels_from(const json& v) {
     if (v == "int4") return Levels::int4();
     if (v == "normal") return Levels::normal();
   }
-  if (!v.is_array() || v.size() != 8) refuse("\"int4\", \"normal\" or 8 increasing magnitudes", v);
+  if (!v.is_array() || v.size() != 8) refuse(R"("int4", "normal" or 8 increasing magnitudes)", v);
   Levels levels;
   for (std::size_t i = 0; i < 8; ++i) levels.magnitude[i] = static_cast<float>(number_in(v[i], 0, 448));
   libquant::check_levels(levels);

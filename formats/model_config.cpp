@@ -98,7 +98,7 @@ void refuse_unsupported(const JsonFields& fields) {
   }
   const std::string activation = fields.text_or("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") {  // two names of one function
-    fields.fail("hidden_act", "names an activation that is not supported", "\"silu\"");
+    fields.fail("hidden_act", "names an activation that is not supported", R"("silu")");
   }
   if (const json* value = fields.find("partial_rotary_factor");
       value != nullptr && !(value->is_number() && value->get<double>() == 1)) {
@@ -108,7 +108,7 @@ void refuse_unsupported(const JsonFields& fields) {
     const JsonFields quantization = fields.object("quantization_config");
     const std::string method = quantization.text_or("quant_method", "");
     if (method != "fireq") {
-      quantization.fail("quant_method", "says that this checkpoint is already quantised", "\"fireq\"",
+      quantization.fail("quant_method", "says that this checkpoint is already quantised", R"("fireq")",
                         "start from the original FP16, BF16 or FP32 checkpoint");
     }
   }
@@ -139,8 +139,7 @@ RopeConfig read_rope(const JsonFields& fields, std::uint64_t context) {
   const std::string type = rules.text_or(type_key, "default");
   if (type == "default") return rope;
   if (type != "linear" && type != "llama3") {
-    rules.fail(type_key, "names a RoPE variant that is not supported",
-               "\"default\", \"linear\" or \"llama3\"");
+    rules.fail(type_key, "names a RoPE variant that is not supported", R"("default", "linear" or "llama3")");
   }
   rope.factor = rules.positive("factor");
   if (type == "linear") {
@@ -165,9 +164,7 @@ std::vector<std::uint64_t> read_windows(const JsonFields& fields, const ModelCon
   const auto layers = static_cast<std::size_t>(config.layers);
   const bool qwen = config.model_type == "qwen2" || config.model_type == "qwen3";
   std::uint64_t window = 0;
-  if (config.model_type == "mistral") {
-    window = fields.present("sliding_window") ? fields.count_or("sliding_window", 0, 1, kLargestSize) : 4096;
-  } else if (qwen && fields.boolean_or("use_sliding_window", false)) {
+  if (config.model_type == "mistral" || (qwen && fields.boolean_or("use_sliding_window", false))) {
     window = fields.present("sliding_window") ? fields.count_or("sliding_window", 0, 1, kLargestSize) : 4096;
   }
   std::vector<std::uint64_t> windows(layers, window);
@@ -188,7 +185,7 @@ std::vector<std::uint64_t> read_windows(const JsonFields& fields, const ModelCon
       throw Error(ErrorKind::input,
                   "key 'layer_types[" + std::to_string(i) + "]' names a layer that is not supported")
           .path(fields.path())
-          .expected("\"full_attention\" or \"sliding_attention\"")
+          .expected(R"("full_attention" or "sliding_attention")")
           .found(json_excerpt(types[i]));
     }
     if (sliding && window == 0)
@@ -196,7 +193,7 @@ std::vector<std::uint64_t> read_windows(const JsonFields& fields, const ModelCon
     // Llama and Mistral treat all layers alike in transformers; a list that says otherwise is another model.
     if (!qwen && sliding != (window != 0)) {
       fields.fail("layer_types", "differs from what " + config.model_type + " does in every layer",
-                  window != 0 ? "all \"sliding_attention\"" : "all \"full_attention\"");
+                  window != 0 ? R"(all "sliding_attention")" : R"(all "full_attention")");
     }
     windows[i] = sliding ? window : 0;
   }

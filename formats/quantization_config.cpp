@@ -120,11 +120,11 @@ QuantizationConfig parse_quantization_config(std::string_view config_json,
   read_fixed_parts(fields, out);
   const std::string row_scale = fields.text("row_scale");
   if (row_scale != "row" && row_scale != "tensor") {
-    fields.fail("row_scale", "has an unknown value", "\"row\" or \"tensor\"");
+    fields.fail("row_scale", "has an unknown value", R"("row" or "tensor")");
   }
   out.row_scale_per_row = row_scale == "row";
   const std::string layout = fields.text("layout");
-  if (layout != "row" && layout != "sm90") fields.fail("layout", "is unknown", "\"row\" or \"sm90\"");
+  if (layout != "row" && layout != "sm90") fields.fail("layout", "is unknown", R"("row" or "sm90")");
   out.layout = layout == "row" ? WeightLayout::row : WeightLayout::sm90;
   for (const json& name : fields.array("ignore")) {
     if (!name.is_string()) fields.fail("ignore", "holds something else than module names");
