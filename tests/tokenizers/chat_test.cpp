@@ -241,7 +241,7 @@ Error refusal(std::string_view chat_template, const std::vector<ChatMessage>& me
 
 TEST(ChatRefusals, SayWhatToDoInstead) {
   const Error none = refusal("", kUser);
-  EXPECT_EQ(none.kind(), ErrorKind::input);
+  EXPECT_EQ(none.kind(), ErrorKind::usage);
   EXPECT_EQ(none.message(), "the model has no chat template");
   EXPECT_FALSE(none.hint().empty());
 
