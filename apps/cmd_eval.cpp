@@ -16,7 +16,7 @@ struct Arguments {
   CommonOptions common;
   std::string model, reference, bos, weights, activations, kv, k, v, qp;
   TextArguments text;
-  std::uint64_t ctx = 0;
+  std::optional<std::uint64_t> ctx;
 };
 
 // Each part follows its own option, else --kv for K and V, else the folder: a FireQ folder runs all that it
@@ -73,7 +73,7 @@ int run(const Arguments& a) {
   const TokenizedText text = tokenize(a.text, a.model, model->config());
   const calib::Bos bos = resolve_bos(a.bos, text);
   const std::uint64_t context = model->config().context;
-  const std::uint64_t ctx = a.ctx == 0 ? std::min<std::uint64_t>(context, 2048) : a.ctx;
+  const std::uint64_t ctx = a.ctx.value_or(std::min<std::uint64_t>(context, 2048));
   if (ctx > context) {
     progress.warning(fmt::format("--ctx {} is over the model's context of {}", ctx, context));
   }
@@ -127,9 +127,7 @@ void add_eval(CLI::App& app, Runner& runner) {
       app.add_subcommand("eval", "Perplexity of a Hugging Face or FireQ folder; KL against a reference");
   cmd->add_option("model", a->model, "Folder")->required();
   add_text_options(*cmd, a->text);
-  cmd->add_option("--ctx", a->ctx, "Tokens of a window (0: the model's context, at most 2048)")
-      ->transform(whole_number(0, 1 << 24))
-      ->capture_default_str();
+  add_context_option(*cmd, a->ctx);
   cmd->add_option("--bos", a->bos,
                   "head: once before the text; window: in every window; none. Default: the tokenizer's")
       ->check(CLI::IsMember({"head", "window", "none"}));

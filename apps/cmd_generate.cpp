@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "apps/commands.hpp"
@@ -62,9 +61,7 @@ int run(const Arguments& a) {
   }
   const bool print = a.common.json_path != "-";
   const auto emit = [&](const std::string& piece) {
-    if (!print) return;
-    std::fwrite(piece.data(), 1, piece.size(), stdout);
-    std::fflush(stdout);
+    if (print) write_stdout(piece);
   };
   if (!a.chat) emit(a.prompt_file.empty() ? a.prompt : formats::read_text_file(a.prompt_file));
   formats::StreamingDecoder decoder(*tokenizer, prompt);

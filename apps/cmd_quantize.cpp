@@ -106,6 +106,18 @@ int dry_run(const Arguments& a, const calib::WeightSource& source, const calib::
   return 0;
 }
 
+calib::QuantizeResult quantize(const calib::WeightSource& source, const calib::QuantizeOptions& options,
+                               Progress& progress) {
+  try {
+    return calib::quantize_model(source, options, formats::real_file_system(), progress);
+  } catch (const Error& e) {
+    if (e.kind() != ErrorKind::interrupted) throw;
+    throw Error(ErrorKind::interrupted, "interrupted; the finished layers are kept")
+        .path(options.out)
+        .hint("go on with --resume");
+  }
+}
+
 int run(const Arguments& a) {
   if (a.resume && a.restart) throw Error(ErrorKind::usage, "--resume and --restart exclude each other");
   ConsoleProgress progress(a.common.quiet);
@@ -124,8 +136,7 @@ int run(const Arguments& a) {
   obtain_text(a, *source, options, progress);
   if (a.dry_run) return dry_run(a, *source, options);
 
-  const calib::QuantizeResult result =
-      calib::quantize_model(*source, options, formats::real_file_system(), progress);
+  const calib::QuantizeResult result = quantize(*source, options, progress);
   const Report report(a.common);
   const double share =
       100.0 * static_cast<double>(result.bytes_after) / static_cast<double>(result.bytes_before);

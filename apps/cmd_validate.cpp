@@ -17,7 +17,8 @@ struct Arguments {
   CommonOptions common;
   std::string model, reference, bos;
   TextArguments text;
-  std::uint64_t max_tokens = 8192, ctx = 0, seed = 0;
+  std::uint64_t max_tokens = 8192, seed = 0;
+  std::optional<std::uint64_t> ctx;
   double max_rel_error = 0.5, max_product_error = 1e-5, max_kl = 0;
 };
 
@@ -25,8 +26,9 @@ struct Arguments {
 calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightSource& model,
                                         const calib::WeightSource& reference, Progress& progress) {
   TokenizedText text = tokenize(a.text, a.model, model.config());
-  const std::uint64_t ctx = a.ctx == 0 ? std::min<std::uint64_t>(model.config().context, 2048) : a.ctx;
-  if (text.ids.size() > a.max_tokens) text.ids.resize(std::max(a.max_tokens, ctx));
+  const std::uint64_t ctx =
+      a.ctx.value_or(std::min({model.config().context, std::uint64_t{2048}, a.max_tokens}));
+  if (text.ids.size() > a.max_tokens) text.ids.resize(a.max_tokens);
   const calib::Windows windows = evaluation_windows(a.text, text, ctx, resolve_bos(a.bos, text));
   calib::EvaluationOptions options;
   const bool cache = model.quantization()->kv_cache;
@@ -138,8 +140,7 @@ void add_validate(CLI::App& app, Runner& runner) {
   cmd->add_option("--max-tokens", a->max_tokens, "Tokens of the text to use")
       ->transform(whole_number(2, 1 << 30))
       ->capture_default_str();
-  cmd->add_option("--ctx", a->ctx, "Tokens of a window (0: the model's context, at most 2048)")
-      ->transform(whole_number(0, 1 << 24));
+  add_context_option(*cmd, a->ctx);
   cmd->add_option("--bos", a->bos, "head, window or none")->check(CLI::IsMember({"head", "window", "none"}));
   cmd->add_option("--seed", a->seed, "Seed of the random activations")
       ->transform(whole_number())

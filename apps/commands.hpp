@@ -42,6 +42,9 @@ struct TextArguments {
 };
 void add_text_options(CLI::App& app, TextArguments& arguments);
 
+// --ctx: the length of evaluation windows.
+void add_context_option(CLI::App& app, std::optional<std::uint64_t>& length);
+
 // How calibration windows are drawn from the text.
 struct CalibrationArguments {
   std::uint64_t samples = 10, length = 2048, seed = 0;

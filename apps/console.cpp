@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <system_error>
 
 #include "common/error.hpp"
 #include "formats/file_system.hpp"
@@ -84,18 +86,23 @@ void ConsoleProgress::warning(std::string_view line) {
   fmt::print(stderr, "fireq: warning: {}\n", line);
 }
 
+void write_stdout(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
+  const int error_number = errno;
+  throw Error(ErrorKind::environment, "cannot write to the standard output")
+      .found(std::generic_category().message(error_number));
+}
+
 void Report::line(const std::string& text) const {
   if (options_.quiet || options_.json_path == "-") return;
-  fmt::print("{}\n", text);
-  std::fflush(stdout);
+  write_stdout(text + "\n");
 }
 
 void Report::json(const nlohmann::json& value) const {
   if (options_.json_path.empty()) return;
   const std::string text = value.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   if (options_.json_path == "-") {
-    fmt::print("{}", text);
-    std::fflush(stdout);
+    write_stdout(text);
     return;
   }
   formats::write_file_atomically(formats::real_file_system(), options_.json_path, std::string_view(text));

@@ -54,6 +54,9 @@ class Report {
   const CommonOptions& options_;
 };
 
+// Error(environment) when the text cannot be written: a full disk, a reader that has gone.
+void write_stdout(std::string_view text);
+
 std::string bytes_text(std::uint64_t bytes);  // "26.4 MB"
 std::string seconds_text(double seconds);     // "3.2 s", "4 min 10 s"
 

@@ -9,6 +9,7 @@
 #include <new>
 #include <system_error>
 
+#include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
 #include "common/error.hpp"
 #include "common/nearest.hpp"
@@ -82,6 +83,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
   fireq::apps::add_generate(app, run);
+  fireq::apps::add_bench(app, run);
   try {
     require_known_subcommand(app, argc, argv);
     app.parse(argc, argv);

@@ -67,6 +67,11 @@ void add_text_options(CLI::App& app, TextArguments& arguments) {
       ->type_name("FILE");
 }
 
+void add_context_option(CLI::App& app, std::optional<std::uint64_t>& length) {
+  app.add_option("--ctx", length, "Tokens of a window; default: the model's context, at most 2048")
+      ->transform(whole_number(2, 1 << 24));
+}
+
 void add_calibration_options(CLI::App& app, CalibrationArguments& arguments) {
   app.add_option("--bos", arguments.bos,
                  "BOS of calibration windows: head, window or none; default: the tokenizer's")

@@ -338,7 +338,7 @@ QuantizeResult Job::run() {
   }
   const QuantizePlan plan = plan_quantization(source_, options_);
   for (const auto& [tensor, why] : plan.kept) {
-    if (why.starts_with("dropped")) progress_.warning(tensor + ": " + why);
+    if (why.starts_with("dropped")) progress_.warning(std::string(tensor).append(": ").append(why));
   }
   if (options_.recipe.needs_text() && !options_.calibration) {
     throw Error(ErrorKind::usage, "preset '" + options_.recipe.preset + "' needs calibration text")

@@ -10,6 +10,7 @@
 
 #include "common/error.hpp"
 #include "common/nearest.hpp"
+#include "formats/model_config_json.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -21,7 +22,9 @@ using nlohmann::json;
 
 // A value of a recipe that has the wrong type or lies outside its range; parse_recipe adds path and key.
 [[noreturn]] void refuse(std::string expected, const json& found) {
-  throw Error(ErrorKind::usage, "value is not allowed").expected(std::move(expected)).found(found.dump());
+  throw Error(ErrorKind::usage, "value is not allowed")
+      .expected(std::move(expected))
+      .found(formats::json_excerpt(found));
 }
 
 double number_in(const json& v, double low, double high) {
@@ -218,6 +221,19 @@ void apply(Recipe& recipe, std::string_view section, const json& object) {
   }
 }
 
+// With the checks of every JSON file (no key twice, bounded nesting), and of another kind: a recipe is part
+// of what the user asks for. Comments are allowed, because recipes are written by people.
+json parse_text(const std::string& text, const std::string& path) {
+  try {
+    return formats::parse_json(text, path, formats::JsonComments::allowed);
+  } catch (const Error& e) {
+    Error error(ErrorKind::usage, "recipe: " + e.message());
+    error.path(path).expected(e.expected()).found(e.found());
+    if (e.offset()) error.offset(*e.offset());
+    throw error;
+  }
+}
+
 }  // namespace
 
 Recipe preset_recipe(const std::string& name) {
@@ -249,8 +265,7 @@ Recipe preset_recipe(const std::string& name) {
 
 Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors) {
   try {
-    // Comments are allowed: recipes are written by people.
-    const json root = json::parse(json_text, nullptr, true, true);
+    const json root = parse_text(json_text, path_for_errors);
     if (!root.is_object()) {
       throw Error(ErrorKind::usage, "recipe is not a JSON object").found(root.type_name());
     }
@@ -259,7 +274,7 @@ Recipe parse_recipe(const std::string& json_text, const std::string& path_for_er
       if (!it->is_string()) {
         throw Error(ErrorKind::usage, "recipe key 'preset' holds the wrong type")
             .expected("a string")
-            .found(it->dump());
+            .found(formats::json_excerpt(*it));
       }
       preset = it->get<std::string>();
     }

@@ -35,7 +35,9 @@ function(fireq_test name)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE fireq_flags ${ARG_LINK} GTest::gtest GTest::gmock GTest::gtest_main)
   target_compile_definitions(${name} PRIVATE FIREQ_TEST_DATA="${FIREQ_DATA_DIR}" FIREQ_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
-  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT ${ARG_TIMEOUT})
+  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT ${ARG_TIMEOUT}
+    # Idle OpenMP threads sleep: tests run side by side and with more threads than processors.
+    ENVIRONMENT OMP_WAIT_POLICY=passive)
   # Several labels do not survive gtest_discover_tests: they are set once ctest has read its list.
   set(labels ${CMAKE_CURRENT_BINARY_DIR}/${name}_labels.cmake)
   file(WRITE ${labels} "foreach(test IN LISTS ${name}_TESTS)

@@ -28,7 +28,12 @@ double name_distance(std::string_view a, std::string_view b) {
       diagonal = above;
     }
   }
-  return static_cast<double>(row.back()) / static_cast<double>(std::max(a.size(), b.size()));
+  // A common beginning counts for more: "evaluate" is meant for "eval", not for "validate".
+  const std::size_t most = std::min({a.size(), b.size(), std::size_t{4}});
+  std::size_t prefix = 0;
+  while (prefix < most && a[prefix] == b[prefix]) ++prefix;
+  return static_cast<double>(row.back()) / static_cast<double>(std::max(a.size(), b.size())) *
+         (1 - 0.1 * static_cast<double>(prefix));
 }
 
 std::string nearest_name(std::string_view word, const std::vector<std::string>& names) {

@@ -7,7 +7,8 @@
 
 namespace fireq {
 
-// Edit distance over the length of the longer word: 0 the same, 1 nothing in common.
+// Edit distance over the length of the longer word, less for a common beginning: 0 the same, 1 nothing in
+// common.
 double name_distance(std::string_view a, std::string_view b);
 
 // The name of least distance, the first among equals. Names with dots are compared whole and by their last

@@ -120,6 +120,8 @@ OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& s
 
   lock_.acquire(fs_, partial_);
   recover();
+  // Killed after the output was complete: nothing is left here but the lock.
+  if (!force && path_exists(out_) && !has_work()) fs_.remove_all(partial_);
   refuse_existing();
   const bool work = has_work();
   if (mode == Mode::fresh && work) {

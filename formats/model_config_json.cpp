@@ -34,7 +34,7 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-json parse_json(std::string_view text, const std::string& path) {
+json parse_json(std::string_view text, const std::string& path, JsonComments comments) {
   refuse_nul(text, path);
   // Keys seen so far in each open object.
   std::vector<std::unordered_set<std::string>> open;
@@ -57,7 +57,7 @@ json parse_json(std::string_view text, const std::string& path) {
     return true;
   };
   try {
-    return json::parse(text.begin(), text.end(), watch);
+    return json::parse(text.begin(), text.end(), watch, true, comments == JsonComments::allowed);
   } catch (const json::parse_error& error) {
     const std::uint64_t at = error.byte > 0 ? error.byte - 1 : 0;
     throw Error(ErrorKind::input, "not valid JSON")

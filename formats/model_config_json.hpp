@@ -13,7 +13,9 @@ namespace fireq::formats {
 
 // Parses UTF-8 JSON. Error(input) with the byte offset for malformed text and a zero byte, for nesting deeper
 // than 64 levels and for a key that appears twice in one object (readers disagree about which one counts).
-nlohmann::json parse_json(std::string_view text, const std::string& path);
+enum class JsonComments : std::uint8_t { refused, allowed };
+nlohmann::json parse_json(std::string_view text, const std::string& path,
+                          JsonComments comments = JsonComments::refused);
 
 // A short rendering of a value for "found ..." in messages.
 std::string json_excerpt(const nlohmann::json& value);

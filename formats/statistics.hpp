@@ -65,13 +65,14 @@ struct CalibrationStatistics {
 // count x channels values. Throws Error(input) with the dataset's name as the tensor.
 void check_statistics(const CalibrationStatistics& statistics, const std::string& path_for_errors);
 
-// Bytes of the file: equal statistics give equal bytes. Both check_statistics() first.
+// Bytes of the file: equal statistics give equal bytes (of one version of the HDF5 library). Both
+// check_statistics() first. Calls are serialised: the library has one global state.
 std::string statistics_file_bytes(const CalibrationStatistics& statistics,
                                   const std::string& path_for_errors);
 void write_statistics(FileSystem& fs, const std::string& path, const CalibrationStatistics& statistics);
 
 // Throws Error(input) when the file is damaged or breaks a rule. A checksum over the whole file is compared
-// before HDF5 sees a byte. Calls are serialised: the HDF5 library has one global state.
+// first. The HDF5 library is not used to read: it is not made for files of strangers.
 CalibrationStatistics read_statistics(const std::string& path);
 
 }  // namespace fireq::formats

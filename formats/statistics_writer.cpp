@@ -1,5 +1,8 @@
+#include <hdf5.h>
+
 #include <algorithm>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "common/error.hpp"
@@ -12,6 +15,69 @@ namespace {
 
 constexpr std::size_t kGrow = std::size_t{1} << 20U;  // bytes the image in memory grows by
 
+std::mutex& hdf5_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+herr_t keep_description(unsigned /*depth*/, const H5E_error2_t* error, void* text) {
+  if (error->desc != nullptr) *static_cast<std::string*>(text) = error->desc;
+  return 0;
+}
+
+// The library's one lock, and its habit of printing errors switched off while it is held.
+class Hdf5Session {
+ public:
+  Hdf5Session() : lock_(hdf5_mutex()) {
+    H5Eget_auto2(H5E_DEFAULT, &print_, &print_data_);
+    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+  }
+  ~Hdf5Session() {
+    H5Eclear2(H5E_DEFAULT);
+    H5Eset_auto2(H5E_DEFAULT, print_, print_data_);
+  }
+  Hdf5Session(const Hdf5Session&) = delete;
+  Hdf5Session& operator=(const Hdf5Session&) = delete;
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+  H5E_auto2_t print_ = nullptr;
+  void* print_data_ = nullptr;
+};
+
+class Hdf5Handle {
+ public:
+  using Close = herr_t (*)(hid_t);
+  Hdf5Handle(hid_t id, Close close) : id_(id), close_(close) {}
+  ~Hdf5Handle() {
+    if (id_ >= 0) close_(id_);
+  }
+  Hdf5Handle(const Hdf5Handle&) = delete;
+  Hdf5Handle& operator=(const Hdf5Handle&) = delete;
+  hid_t get() const noexcept { return id_; }
+
+ private:
+  hid_t id_;
+  Close close_;
+};
+
+// What HDF5 says about its last failure, at the place where it arose.
+std::string hdf5_reason() {
+  std::string text;
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_DOWNWARD, keep_description, &text);  // the last one is the innermost
+  return text;
+}
+
+hid_t file_type(StatisticType type) {
+  return type == StatisticType::f32   ? H5T_IEEE_F32LE
+         : type == StatisticType::f64 ? H5T_IEEE_F64LE
+                                      : H5T_STD_U64LE;
+}
+hid_t memory_type(StatisticType type) {
+  return type == StatisticType::f32   ? H5T_NATIVE_FLOAT
+         : type == StatisticType::f64 ? H5T_NATIVE_DOUBLE
+                                      : H5T_NATIVE_UINT64;
+}
 [[noreturn]] void fail(const char* what) {
   throw Error(ErrorKind::internal, std::string("HDF5 cannot make the statistics: ") + what)
       .found(hdf5_reason());
@@ -76,7 +142,9 @@ class Writer {
     if (H5Fget_file_image(file.get(), image_.data(), image_.size()) != size) fail("image");
   }
 
-  std::string take() { return std::move(image_); }
+  // HDF5 data and table.
+  std::string take() { return std::move(image_) + table_.dump() + "\n"; }
+  std::uint64_t table_offset() const noexcept { return kHeadBlock + image_.size(); }
 
  private:
   Hdf5Handle group(hid_t parent, const std::string& name) const {
@@ -84,35 +152,46 @@ class Writer {
                    "group");
   }
 
-  void write_meta(hid_t file, const CalibrationStatistics& statistics) const {
+  void write_meta(hid_t file, const CalibrationStatistics& statistics) {
     const Hdf5Handle meta = group(file, "meta");
     const StatisticsMeta& m = statistics.meta;
-    write_attribute(meta.get(), "format_version", kStatisticsVersion);
-    write_attribute(meta.get(), "model_fingerprint", m.model_fingerprint);
-    write_attribute(meta.get(), "text_fingerprint", m.text_fingerprint);
-    write_attribute(meta.get(), "tokens", m.tokens);
-    write_attribute(meta.get(), "windows", m.windows);
-    write_attribute(meta.get(), "seed", m.seed);
-    write_attribute(meta.get(), "layers", statistics.layers.size());
-    write_attribute(meta.get(), "kv_heads", m.kv_heads);
-    write_attribute(meta.get(), "head_dim", m.head_dim);
+    for (const auto& [name, text] :
+         {std::pair{"model_fingerprint", &m.model_fingerprint}, {"text_fingerprint", &m.text_fingerprint}}) {
+      write_attribute(meta.get(), name, *text);
+      table_["meta"][name] = *text;
+    }
+    for (const auto& [name, value] : {std::pair{"format_version", kStatisticsVersion},
+                                      {"tokens", m.tokens},
+                                      {"windows", m.windows},
+                                      {"seed", m.seed},
+                                      {"layers", std::uint64_t{statistics.layers.size()}},
+                                      {"kv_heads", m.kv_heads},
+                                      {"head_dim", m.head_dim}}) {
+      write_attribute(meta.get(), name, value);
+      table_["meta"][name] = value;
+    }
+    table_["layers"] = nlohmann::json::array();
   }
 
   void write_layer(hid_t layers, const std::string& name, const LayerStatistics& layer,
-                   const StatisticsMeta& meta) const {
+                   const StatisticsMeta& meta) {
     const Hdf5Handle here = group(layers, name);
+    nlohmann::json& row = table_["layers"].emplace_back(nlohmann::json::object());
     for (std::size_t s = 0; s < kSites; ++s) {
       const SiteStatistics& site = layer.sites[s];
-      if (!site.empty()) write_site(here.get(), std::string(site_name(static_cast<Site>(s))), site);
+      const std::string site_text(site_name(static_cast<Site>(s)));
+      if (!site.empty()) row[site_text] = write_site(here.get(), site_text, site);
     }
     if (!layer.k_pair_radius.empty()) {
-      write_dataset(here.get(), kRadiusDataset, layer.k_pair_radius.data(),
-                    {meta.kv_heads, meta.head_dim / 2});
+      row[kRadiusDataset.name] = write_dataset(here.get(), kRadiusDataset, layer.k_pair_radius.data(),
+                                               {meta.kv_heads, meta.head_dim / 2});
     }
   }
 
-  void write_site(hid_t layer, const std::string& name, const SiteStatistics& s) const {
+  // Returns the site's entry in the table.
+  nlohmann::json write_site(hid_t layer, const std::string& name, const SiteStatistics& s) const {
     const Hdf5Handle here = group(layer, name);
+    nlohmann::json entry{{"channels", s.absmax.size()}};
     std::vector<double> absmean(s.abssum);
     for (double& value : absmean) value /= static_cast<double>(s.count);
     const std::array<const void*, kSiteDatasets.size()> data{
@@ -121,12 +200,14 @@ class Writer {
     const std::uint64_t channels = s.absmax.size();
     for (std::size_t i = 0; i < data.size(); ++i) {
       const std::uint64_t size = i == 7 ? kHistogramBins : i == 8 ? 1 : channels;
-      write_dataset(here.get(), kSiteDatasets[i], data[i], {size});
+      entry[kSiteDatasets[i].name] = write_dataset(here.get(), kSiteDatasets[i], data[i], {size});
     }
+    return entry;
   }
 
-  static void write_dataset(hid_t parent, const DatasetRow& row, const void* data,
-                            const std::vector<hsize_t>& shape) {
+  // Returns the offset of the values in the finished file.
+  static std::uint64_t write_dataset(hid_t parent, const DatasetRow& row, const void* data,
+                                     const std::vector<hsize_t>& shape) {
     const auto rank = static_cast<int>(shape.size());
     const Hdf5Handle space = checked(H5Screate_simple(rank, shape.data(), nullptr), H5Sclose, row.name);
     const Hdf5Handle options = checked(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, row.name);
@@ -137,53 +218,22 @@ class Writer {
                                        H5Dclose, row.name);
     check(H5Dwrite(dataset.get(), memory_type(row.type), H5S_ALL, H5S_ALL, H5P_DEFAULT, data), row.name);
     write_attribute(dataset.get(), "description", std::string(row.description));
+    hsize_t chunk_bytes = 0;
+    haddr_t address = HADDR_UNDEF;
+    std::vector<hsize_t> first(shape.size());
+    check(H5Dget_chunk_info(dataset.get(), space.get(), 0, first.data(), nullptr, &address, &chunk_bytes),
+          row.name);
+    if (address == HADDR_UNDEF) fail(row.name);
+    return kHeadBlock + address;
   }
 
   Hdf5Handle group_options_;
   std::string image_;
+  nlohmann::json table_;
 };
-
-std::recursive_mutex& hdf5_mutex() {
-  static std::recursive_mutex mutex;
-  return mutex;
-}
-
-herr_t keep_description(unsigned /*depth*/, const H5E_error2_t* error, void* text) {
-  if (error->desc != nullptr) *static_cast<std::string*>(text) = error->desc;
-  return 0;
-}
 
 }  // namespace
 
-Hdf5Session::Hdf5Session() : lock_(hdf5_mutex()) {
-  // A damaged file can leave the library with objects that it cannot close, about which it would complain on
-  // the terminal at the end of the process. Everything that matters is closed long before.
-  static const herr_t no_closing_at_exit = H5dont_atexit();
-  static_cast<void>(no_closing_at_exit);
-  H5Eget_auto2(H5E_DEFAULT, &print_, &print_data_);
-  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
-}
-Hdf5Session::~Hdf5Session() {
-  H5Eclear2(H5E_DEFAULT);
-  H5Eset_auto2(H5E_DEFAULT, print_, print_data_);
-}
-
-std::string hdf5_reason() {
-  std::string text;
-  H5Ewalk2(H5E_DEFAULT, H5E_WALK_DOWNWARD, keep_description, &text);  // the last one is the innermost
-  return text;
-}
-
-hid_t file_type(StatisticType type) {
-  return type == StatisticType::f32   ? H5T_IEEE_F32LE
-         : type == StatisticType::f64 ? H5T_IEEE_F64LE
-                                      : H5T_STD_U64LE;
-}
-hid_t memory_type(StatisticType type) {
-  return type == StatisticType::f32   ? H5T_NATIVE_FLOAT
-         : type == StatisticType::f64 ? H5T_NATIVE_DOUBLE
-                                      : H5T_NATIVE_UINT64;
-}
 std::size_t type_size(StatisticType type) {
   return type == StatisticType::f32 ? 4 : 8;
 }
@@ -193,9 +243,10 @@ std::string layer_group_name(std::size_t layer) {
   return std::string(digits.size() < 3 ? 3 - digits.size() : 0, '0').append(digits);
 }
 
-std::string statistics_head_block(std::span<const std::byte> hdf5_data) {
+std::string statistics_head_block(std::span<const std::byte> following, std::uint64_t table_offset) {
   std::string block(kHeadText);
-  block.append(hex(XXH3_128bits(hdf5_data.data(), hdf5_data.size()))).append("\n");
+  block.append(hex(XXH3_128bits(following.data(), following.size()))).append("\n");
+  block.append(kTableText).append(std::to_string(table_offset)).append("\n");
   block.resize(kHeadBlock, '\0');
   return block;
 }
@@ -204,9 +255,10 @@ std::string statistics_file_bytes(const CalibrationStatistics& statistics,
                                   const std::string& path_for_errors) {
   check_statistics(statistics, path_for_errors);
   const Hdf5Session session;
-  std::string image = Writer(statistics).take();
-  image.insert(0, statistics_head_block(std::as_bytes(std::span(image))));
-  return image;
+  Writer writer(statistics);
+  const std::uint64_t table_offset = writer.table_offset();
+  std::string following = writer.take();
+  return following.insert(0, statistics_head_block(std::as_bytes(std::span(following)), table_offset));
 }
 
 void write_statistics(FileSystem& fs, const std::string& path, const CalibrationStatistics& statistics) {

@@ -29,6 +29,12 @@ std::string replace_marks(std::string_view text) {
   return out;
 }
 
+Error refused(const std::string& why, const std::string& path) {
+  return Error(ErrorKind::input, "libsentencepiece refuses the model: " + why)
+      .path(path)
+      .hint("the file may be damaged");
+}
+
 class SentencePieceTokenizer final : public Tokenizer {
  public:
   SentencePieceTokenizer(std::string_view bytes, const std::string& path,
@@ -36,7 +42,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     const SentencePieceModel model = check_sentencepiece_model(bytes, path);
     const auto status = processor_.LoadFromSerializedProto({bytes.data(), bytes.size()});
     if (!status.ok()) {
-      throw Error(ErrorKind::input, "libsentencepiece refuses the model: " + status.ToString()).path(path);
+      throw refused(status.ToString(), path);
     }
     if (static_cast<std::size_t>(processor_.GetPieceSize()) != model.pieces.size()) {
       throw Error(ErrorKind::internal, "libsentencepiece counts its pieces differently").path(path);
@@ -163,8 +169,7 @@ std::unique_ptr<Tokenizer> read_sentencepiece(std::string_view bytes, const std:
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& error) {  // the library's trie builder throws its own
-    throw Error(ErrorKind::input, std::string("libsentencepiece refuses the model: ") + error.what())
-        .path(path);
+    throw refused(error.what(), path);
   }
 }
 

@@ -20,6 +20,9 @@ constexpr std::uint64_t kNormalizerCharsmap = 2, kNormalizerPrefix = 3, kNormali
                         kNormalizerEscape = 5;
 constexpr std::uint64_t kUnigram = 1, kBpe = 2;
 
+constexpr const char* kDamaged = "the file may be damaged or only half downloaded";
+constexpr const char* kUnsupported = "a tokenizer.json of the same model may work";
+
 constexpr std::size_t kLongestPiece = 4096;
 constexpr std::size_t kMostPieces = std::size_t{1} << 22U;
 
@@ -28,8 +31,13 @@ class Wire {
   Wire(std::string_view bytes, std::size_t offset, const std::string& path)
       : bytes_(bytes), offset_(offset), path_(path) {}
 
-  [[noreturn]] void fail(const std::string& problem) const {
-    throw Error(ErrorKind::input, problem).path(path_).offset(offset_ + at_);
+  [[noreturn]] void fail(const std::string& problem, const std::string& expected = {},
+                         const std::string& found = {}, const char* hint = kDamaged) const {
+    Error error(ErrorKind::input, problem);
+    error.path(path_).offset(offset_ + at_).hint(hint);
+    if (!expected.empty()) error.expected(expected);
+    if (!found.empty()) error.found(found);
+    throw error;
   }
 
   struct Field {
@@ -117,7 +125,8 @@ void check_charsmap(const Wire::Field& field, const std::string& path) {
   const auto fail = [&](const std::string& problem) {
     throw Error(ErrorKind::input, "SentencePiece normalisation table " + problem)
         .path(path)
-        .offset(field.offset);
+        .offset(field.offset)
+        .hint(kDamaged);
   };
   const std::string_view map = field.bytes;
   if (map.empty()) return;
@@ -151,7 +160,8 @@ void check_normalizer(const Wire::Field& spec, const std::string& path, Sentence
     if (field.number == kNormalizerPrefix) model->add_dummy_prefix = on;
     if (field.number == kNormalizerSpaces) model->remove_extra_whitespaces = on;
     if (field.number == kNormalizerEscape && !on)
-      wire.fail("SentencePiece models that keep spaces are not supported");
+      wire.fail("SentencePiece models that keep spaces are not supported", "escape_whitespaces true", "false",
+                kUnsupported);
   }
 }
 
@@ -160,11 +170,12 @@ void check_trainer(const Wire::Field& spec, const std::string& path) {
   for (Wire::Field field; wire.next(field);) {
     if (field.kind != Wire::Field::Kind::varint) continue;
     if (field.number == kTrainerModelType && field.scalar != kUnigram && field.scalar != kBpe) {
-      wire.fail("SentencePiece model type " + std::to_string(field.scalar) +
-                " is not supported; only BPE and unigram are");
+      wire.fail("SentencePiece models of this type are not supported", "1 (unigram) or 2 (BPE)",
+                std::to_string(field.scalar), kUnsupported);
     }
     if (field.number == kTrainerSuffix && field.scalar != 0) {
-      wire.fail("SentencePiece models with white space behind words are not supported");
+      wire.fail("SentencePiece models with white space behind words are not supported",
+                "treat_whitespace_as_suffix false", "true", kUnsupported);
     }
   }
 }
@@ -181,14 +192,17 @@ SentencePieceModel::Piece read_piece(const Wire::Field& message, const std::stri
       }
     } else if (field.number == kPieceType && field.kind == Wire::Field::Kind::varint) {
       if (field.scalar < 1 || field.scalar > 6)
-        wire.fail("SentencePiece model holds a piece of unknown type");
+        wire.fail("SentencePiece model holds a piece of unknown type", "1 to 6",
+                  std::to_string(field.scalar));
       piece.type = static_cast<PieceType>(field.scalar);
     } else if (field.number <= kPieceType) {
       wire.fail("SentencePiece model holds a piece with a field of the wrong kind");
     }
   }
   if (piece.text.empty()) wire.fail("SentencePiece model holds an empty piece");
-  if (piece.text.size() > kLongestPiece) wire.fail("SentencePiece model holds a piece that is too long");
+  if (piece.text.size() > kLongestPiece)
+    wire.fail("SentencePiece model holds a piece that is too long",
+              "at most " + std::to_string(kLongestPiece) + " bytes", std::to_string(piece.text.size()));
   for (std::size_t at = 0; at < piece.text.size();) {
     const Utf8Step step = utf8_step(piece.text, at);
     if (!step.valid || step.code_point == 0)

@@ -43,6 +43,7 @@ std::string to_string(const GemmConfig& config) {
   if (config.route == Route::decode || config.route == Route::prefill)
     s += " c" + std::to_string(config.cluster);
   if (!config.split_k) s += " whole";
+  if (!config.ahead) s += " late";
   if (config.per_sm != 1) s += " s" + std::to_string(config.per_sm);
   return s;
 }
@@ -54,9 +55,8 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
       for (const std::uint32_t tile : kDecodeTiles) {
         if (tile < tokens) continue;
         all.push_back({Route::decode, tile, 1});
+        all.push_back({Route::decode, tile, 1, 1, true, false});
         all.push_back({Route::decode, tile, 1, 2});
-        if (tile >= 16) all.push_back({Route::decode, tile, 2});
-        if (tile >= 32) all.push_back({Route::decode, tile, 2, 2});
       }
     }
     for (const std::uint32_t tile : kPrefillTiles) {
@@ -81,8 +81,6 @@ GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint6
   }
   if (tokens <= kDecodeTokens) {
     const std::uint32_t tile = decode_tile(tokens);
-    if (tile >= 32)
-      return {{Route::decode, tile, 2}, "decode; pairs of CTAs share their tokens from 17 tokens on"};
     return {{Route::decode, tile, 1}, "decode"};
   }
   if (tokens <= 128) return {{Route::prefill, 128, 2}, "one tile of 128 tokens"};

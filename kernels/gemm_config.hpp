@@ -33,6 +33,7 @@ struct GemmConfig {
   std::uint32_t per_sm =
       1;  // decode: CTAs a multiprocessor; two hide latency, one leaves room for the next kernel
   bool split_k = true;  // prefill: cut what does not fill a round of clusters along K
+  bool ahead = true;    // decode: load codes while those before are expanded
   bool operator==(const GemmConfig&) const = default;
 };
 

@@ -1,6 +1,7 @@
 // A build without CUDA: the GPU entry points exist and say so.
 #include "common/error.hpp"
 #include "kernels/activations.hpp"
+#include "kernels/bench/bench.hpp"
 #include "kernels/gemm.hpp"
 #include "kernels/weights.hpp"
 
@@ -55,5 +56,14 @@ void silu_mul_quantize(const Bf16Ref&, std::uint64_t, std::uint64_t, const Quant
                        const ActivationOptions&) {
   refuse();
 }
+
+namespace bench {
+GemmBenchResult run_gemm_bench(const GemmBenchOptions&, const Print&) {
+  refuse();
+}
+FfnBenchResult run_ffn_bench(const FfnBenchOptions&, const Print&) {
+  refuse();
+}
+}  // namespace bench
 
 }  // namespace fireq::kernels

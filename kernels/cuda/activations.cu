@@ -227,13 +227,15 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
 __device__ __forceinline__ float divide(float x, float a, float inverse) {
   float q = __fmul_rn(x, inverse);
   q = __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
-  return __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
+  q = __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
+  return __uint_as_float(__float_as_uint(q) | (__float_as_uint(x) & 0x80000000U));  // a zero lost its sign
 }
 
 __device__ __forceinline__ std::uint32_t* words(uint4& v) {
   return reinterpret_cast<std::uint32_t*>(&v);
 }
 
+// op's identity is 0.
 template <class Op>
 __device__ __forceinline__ float reduce_block(float v, Op op, float* scratch) {
 #pragma unroll
@@ -241,7 +243,7 @@ __device__ __forceinline__ float reduce_block(float v, Op op, float* scratch) {
   const std::uint32_t warps = blockDim.x / 32;
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();
-  v = scratch[threadIdx.x % 32 < warps ? threadIdx.x % 32 : 0];
+  v = threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.0F;
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
   return v;
@@ -252,41 +254,69 @@ __device__ __forceinline__ std::uint32_t quantize_pair(std::uint32_t pair, float
   return __nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3);
 }
 
+// A row's vectors (of gate and up, or of x and addend) of one thread.
+template <Kind kKind, std::uint32_t kVectors>
+struct Row {
+  uint4 x[kVectors];
+  uint4 second[kKind == Kind::plain ? 1 : kVectors];
+
+  __device__ __forceinline__ void load(const ActivationParams& p, std::uint64_t m) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVectors; ++i) {
+      const std::uint32_t at = i * blockDim.x + threadIdx.x;
+      const bool in = at < p.cols / kVector;
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (in) x[i] = __ldcg(reinterpret_cast<const uint4*>(p.x + m * p.pitch) + at);
+      if constexpr (kKind != Kind::plain) {
+        second[i] = make_uint4(0, 0, 0, 0);
+        if (in && (kKind == Kind::silu || p.second != nullptr))
+          second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
+      }
+    }
+  }
+};
+
 // The same as activation_kernel for 16-byte aligned rows of up to blockDim.x * kVectors vectors: every value
-// is loaded once, all loads before the first use, and kept as bf16.
+// is loaded once and kept as bf16. A CTA takes every gridDim.x-th row and loads the next while it works on
+// one.
 template <Kind kKind, std::uint32_t kVectors>
 __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ ActivationParams p) {
   __shared__ float scratch[2][32];
 #if __CUDA_ARCH__ >= 900
   ptx::launch_next_kernel();
+#endif
+  const std::uint32_t vectors = p.cols / kVector;
+  float weight[kKind == Kind::norm ? kVectors : 1][kVector];
+  if constexpr (kKind == Kind::norm) {  // no result of the kernel before
+#pragma unroll
+    for (std::uint32_t i = 0; i < kVectors; ++i) {
+      const std::uint32_t at = i * blockDim.x + threadIdx.x;
+      if (at >= vectors) continue;
+      const float4* w = reinterpret_cast<const float4*>(p.weight) + 2 * at;
+      const float4 w0 = __ldg(w);
+      const float4 w1 = __ldg(w + 1);
+      const float all[kVector] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+      for (std::uint32_t j = 0; j < kVector; ++j) weight[i][j] = all[j];
+    }
+  }
+#if __CUDA_ARCH__ >= 900
   ptx::wait_for_previous_kernel();
 #endif
   const std::uint64_t m = blockIdx.x;
-  const std::uint32_t vectors = p.cols / kVector;
-  uint4 kept[kVectors];
-  uint4 second[kKind == Kind::plain ? 1 : kVectors];
-#pragma unroll
-  for (std::uint32_t i = 0; i < kVectors; ++i) {
-    const std::uint32_t at = i * blockDim.x + threadIdx.x;
-    kept[i] = make_uint4(0, 0, 0, 0);
-    if (at < vectors) kept[i] = __ldcg(reinterpret_cast<const uint4*>(p.x + m * p.pitch) + at);
-    if constexpr (kKind != Kind::plain) {
-      second[i] = make_uint4(0, 0, 0, 0);
-      if (at < vectors && (kKind == Kind::silu || p.second != nullptr))
-        second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
-    }
-  }
+  Row<kKind, kVectors> row;
+  row.load(p, m);
   if constexpr (kKind == Kind::silu) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i)
 #pragma unroll
       for (std::uint32_t j = 0; j < 4; ++j) {
-        const std::uint32_t gate = words(kept[i])[j];
-        const std::uint32_t up = words(second[i])[j];
+        const std::uint32_t gate = words(row.x[i])[j];
+        const std::uint32_t up = words(row.second[i])[j];
         const float g0 = low_half(gate);
         const float g1 = high_half(gate);
-        words(kept[i])[j] = ptx::pack_bf16(__fmul_rn(__fdividef(g0, 1.0F + __expf(-g0)), low_half(up)),
-                                           __fmul_rn(__fdividef(g1, 1.0F + __expf(-g1)), high_half(up)));
+        words(row.x[i])[j] = ptx::pack_bf16(__fmul_rn(__fdividef(g0, 1.0F + __expf(-g0)), low_half(up)),
+                                            __fmul_rn(__fdividef(g1, 1.0F + __expf(-g1)), high_half(up)));
       }
   }
   if constexpr (kKind == Kind::norm) {
@@ -296,31 +326,26 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
       const std::uint32_t at = i * blockDim.x + threadIdx.x;
 #pragma unroll
       for (std::uint32_t j = 0; j < 4; ++j) {
-        std::uint32_t& h = words(kept[i])[j];
+        std::uint32_t& h = words(row.x[i])[j];
         if (p.second != nullptr)
-          h = ptx::pack_bf16(low_half(h) + low_half(words(second[i])[j]),
-                             high_half(h) + high_half(words(second[i])[j]));
+          h = ptx::pack_bf16(low_half(h) + low_half(words(row.second[i])[j]),
+                             high_half(h) + high_half(words(row.second[i])[j]));
         squares = __fmaf_rn(low_half(h), low_half(h), squares);
         squares = __fmaf_rn(high_half(h), high_half(h), squares);
       }
-      if (p.sum != nullptr && at < vectors) reinterpret_cast<uint4*>(p.sum + m * p.pitch)[at] = kept[i];
+      if (p.sum != nullptr && at < vectors) reinterpret_cast<uint4*>(p.sum + m * p.pitch)[at] = row.x[i];
     }
     squares = reduce_block(
         squares, [](float a, float b) { return a + b; }, scratch[0]);
     const float inverse = __frsqrt_rn(__fdiv_rn(squares, static_cast<float>(p.cols)) + p.epsilon);
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
-      const std::uint32_t at = i * blockDim.x + threadIdx.x;
-      if (at >= vectors) continue;
-      const float4* weight = reinterpret_cast<const float4*>(p.weight) + 2 * at;
-      const float4 w0 = __ldg(weight);
-      const float4 w1 = __ldg(weight + 1);
-      const float w[kVector] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+      if (i * blockDim.x + threadIdx.x >= vectors) continue;
 #pragma unroll
       for (std::uint32_t j = 0; j < 4; ++j) {
-        std::uint32_t& h = words(kept[i])[j];
-        h = ptx::pack_bf16(__fmul_rn(__fmul_rn(low_half(h), inverse), w[2 * j]),
-                           __fmul_rn(__fmul_rn(high_half(h), inverse), w[2 * j + 1]));
+        std::uint32_t& h = words(row.x[i])[j];
+        h = ptx::pack_bf16(__fmul_rn(__fmul_rn(low_half(h), inverse), weight[i][2 * j]),
+                           __fmul_rn(__fmul_rn(high_half(h), inverse), weight[i][2 * j + 1]));
       }
     }
   }
@@ -330,7 +355,7 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
 #pragma unroll
     for (std::uint32_t j = 0; j < 4; ++j)
       largest =
-          fmaxf(largest, fmaxf(fabsf(low_half(words(kept[i])[j])), fabsf(high_half(words(kept[i])[j]))));
+          fmaxf(largest, fmaxf(fabsf(low_half(words(row.x[i])[j])), fabsf(high_half(words(row.x[i])[j]))));
   largest = reduce_block(
       largest, [](float a, float b) { return fmaxf(a, b); }, scratch[1]);
   const float a = __fmul_rn(largest, 1.0F / 448.0F);
@@ -341,7 +366,7 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
   for (std::uint32_t i = 0; i < kVectors; ++i) {
     const std::uint32_t at = i * blockDim.x + threadIdx.x;
     if (at >= vectors) continue;
-    const std::uint32_t* v = words(kept[i]);
+    const std::uint32_t* v = words(row.x[i]);
     uint2 out;
     if (finite) {
       out.x = quantize_pair(v[0], a, inverse) | quantize_pair(v[1], a, inverse) << 16U;
@@ -369,12 +394,12 @@ void launch_rows(const ActivationParams& p, std::uint64_t tokens, const Activati
     launch(kernel, {static_cast<std::uint32_t>(tokens), threads, 0, 1, options.programmatic, options.stream},
            what, p);
   };
-  if (vectors <= 256)
+  if (vectors <= 128)
     go(row_kernel<kKind, 1>, 1);
-  else if (vectors <= 1024)
+  else if (kKind == Kind::norm || vectors <= 2048)
     go(row_kernel<kKind, 2>, 2);
   else
-    go(row_kernel<kKind, 4>, 4);
+    go(row_kernel < kKind, kKind == Kind::norm ? 2 : 4 >, 4);
 }
 
 template <Kind kKind>
@@ -393,7 +418,7 @@ void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const Qua
   p.scale = out.scale;
   p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 &&
               aligned(p.x) && aligned(p.second) && aligned(p.sum) && aligned(p.x8);
-  constexpr std::uint32_t kMostKept = 1024 * 4;  // vectors of a row
+  constexpr std::uint32_t kMostKept = 1024 * (kKind == Kind::norm ? 2 : 4);  // vectors of a row
   const bool weights_fit = reinterpret_cast<std::uintptr_t>(p.weight) % 16 == 0;
   if (p.vectors && weights_fit && cols / kVector <= kMostKept)
     return launch_rows<kKind>(p, tokens, options, what);

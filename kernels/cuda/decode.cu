@@ -10,16 +10,18 @@ namespace fireq::kernels {
 namespace {
 
 // Ring depths fill the half of shared memory that a CTA may use.
-template <std::uint32_t kTokens, std::uint32_t kCluster>
+template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages, bool kAhead>
+using Depths = DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kWeightStages, kTokenStages, kAhead>;
+template <std::uint32_t kTokens, bool kAhead>
 struct Choice;
-template <std::uint32_t kCluster>
-struct Choice<8, kCluster> : DecodeTraits<8, decode_groups_per_unit(8), kCluster, 6, 5> {};
-template <std::uint32_t kCluster>
-struct Choice<16, kCluster> : DecodeTraits<16, decode_groups_per_unit(16), kCluster, 5, 5> {};
-template <std::uint32_t kCluster>
-struct Choice<32, kCluster> : DecodeTraits<32, decode_groups_per_unit(32), kCluster, 8, 8> {};
-template <std::uint32_t kCluster>
-struct Choice<64, kCluster> : DecodeTraits<64, decode_groups_per_unit(64), kCluster, 5, 4> {};
+template <bool kAhead>
+struct Choice<8, kAhead> : Depths<8, 6, 5, kAhead> {};
+template <bool kAhead>
+struct Choice<16, kAhead> : Depths<16, 5, 5, kAhead> {};
+template <bool kAhead>
+struct Choice<32, kAhead> : Depths<32, 7, 8, kAhead> {};
+template <bool kAhead>
+struct Choice<64, kAhead> : Depths<64, 5, 4, kAhead> {};
 
 template <class Traits>
 void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
@@ -43,15 +45,10 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
   p.dump = problem.dump;
   p.profile = options.profile;
   p.groups = static_cast<std::uint32_t>(w.groups());
-  p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
   const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
-                                          problem.x.pitch, Traits::kTokens / Traits::kCluster, kGroup);
-  const LaunchShape shape{p.plan.workers * Traits::kCluster,
-                          kDecodeThreads,
-                          Traits::kSharedBytes,
-                          Traits::kCluster,
-                          options.programmatic,
-                          options.stream};
+                                          problem.x.pitch, Traits::kTokens, kGroup);
+  const LaunchShape shape{p.plan.workers,       kDecodeThreads, Traits::kSharedBytes, 1,
+                          options.programmatic, options.stream};
   if (problem.dump != nullptr)
     launch(decode_kernel<Traits, Variant::dump>, shape, "decode kernel, operand dump", map, p);
   else if (options.profile != nullptr)
@@ -63,10 +60,10 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
 template <std::uint32_t kTokens>
 void launch_tokens(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                    const GemmOptions& options) {
-  if (config.cluster == 2)
-    launch_traits<Choice<kTokens, 2>>(problem, config, multiprocessors, options);
+  if (config.ahead)
+    launch_traits<Choice<kTokens, true>>(problem, config, multiprocessors, options);
   else
-    launch_traits<Choice<kTokens, 1>>(problem, config, multiprocessors, options);
+    launch_traits<Choice<kTokens, false>>(problem, config, multiprocessors, options);
 }
 
 }  // namespace

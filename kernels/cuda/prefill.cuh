@@ -177,19 +177,13 @@ template <class Traits, Variant kVariant>
 class PrefillConsumer {
  public:
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& p, const CUtensorMap* out_map,
-                                             const PrefillShared<Traits>& shared, std::uint32_t worker,
-                                             std::uint32_t warp, std::uint32_t lane)
-      : p_(p),
-        out_map_(out_map),
-        shared_(shared),
-        worker_(worker),
-        group_(warp / 4),
-        warp_(warp % 4),
-        lane_(lane) {}
+                                             const PrefillShared<Traits>& shared, std::uint32_t warp,
+                                             std::uint32_t lane)
+      : p_(p), out_map_(out_map), shared_(shared), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     ptx::wait_for_previous_kernel();  // token scales and residual are its results
-    SegmentWalk walk(p_.plan, worker_);
+    SegmentWalk walk(p_.plan, worker());
     Segment segment;
     float acc[Traits::kAccumulators];
     while (walk.next(segment)) {
@@ -204,7 +198,7 @@ class PrefillConsumer {
       staging_free_ = false;
       for (std::uint32_t g = segment.begin; g < segment.end; g += p_.chunk) {
         const std::uint32_t stop = min(g + p_.chunk, segment.end);
-        multiply(g, stop, row, place.token_tile, acc, watch);
+        multiply(g, __shfl_sync(0xffffffffU, stop - g, 0), row, place.token_tile, acc, watch);
         watch.begin_wait();
         if (g != segment.begin) add_partial(acc);
         if (stop != segment.end) store_partial(acc);
@@ -216,7 +210,8 @@ class PrefillConsumer {
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
       } else {
-        uint4* slot = partial(worker_, segment.block);
+        const ExchangeSlots slots = slots_of(segment.block);
+        uint4* slot = slots.of(worker() - slots.first);
 #pragma unroll
         for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
       }
@@ -232,6 +227,10 @@ class PrefillConsumer {
   static constexpr std::uint32_t kScales = Traits::kTokens / 32;
   static constexpr std::uint32_t kPieces = Traits::kTokens / 16;  // of 64 rows x 16 tokens
 
+  // Asked for again rather than kept: it would cost a register that the accumulators need.
+  __device__ __forceinline__ std::uint32_t worker() const {
+    return blockIdx.x / kPrefillCluster;
+  }
   __device__ __forceinline__ bool first_thread() const {
     return warp_ == 0 && lane_ == 0;
   }
@@ -255,7 +254,7 @@ class PrefillConsumer {
     staging_free_ = true;
   }
 
-  __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t stop, std::uint32_t row,
+  __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t count, std::uint32_t row,
                                            std::uint32_t token_tile, float (&acc)[Traits::kAccumulators],
                                            Stopwatch<kVariant == Variant::profile>& watch) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
@@ -263,23 +262,24 @@ class PrefillConsumer {
 #pragma unroll
     for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
     pin(acc);
-    for (std::uint32_t g = start; g < stop; ++g) {
+    for (std::uint32_t i = 0; i < count; ++i) {
       watch.begin_wait();
       ptx::mbarrier_wait(shared_.full(ring_.index), ring_.parity);
       watch.end_wait(Waited::weights);
       watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
-      const std::uint64_t descriptor = wgmma_descriptor(shared_.tokens(ring_.index));
+      const std::uint64_t descriptor =
+          wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
 #pragma unroll
       for (std::uint32_t s = 0; s < 4; ++s) {
         wgmma_wait<3>();  // the multiply that read a[s] last is done
-        if (s == 3) release(ring_.previous(), g != start);
+        if (s == 3) release(ring_.previous(), i != 0);
         fragment.expand(s, a[s]);
         pin(a[s]);
         if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
-            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, g, s, lane_, a[s]);
+            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start + i, s, lane_, a[s]);
         wgmma_fence();
         Wgmma<Traits::kTokens>::multiply(acc, a[s], descriptor + 2 * s);
         wgmma_commit();
@@ -293,7 +293,9 @@ class PrefillConsumer {
 
   // One arrival a warp at both CTAs, whose producers write this stage.
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), lane_, condition && lane_ < kPrefillCluster);
+    __syncwarp();
+    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && lane_ == 0);
+    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U, condition && lane_ == 1);
   }
 
   // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
@@ -436,51 +438,52 @@ class PrefillConsumer {
     }
   }
 
-  __device__ __forceinline__ uint4* partial(std::uint32_t worker, std::uint32_t block) const {
-    const std::uint64_t cta = static_cast<std::uint64_t>(worker) * kPrefillCluster + shared_.rank;
-    const std::uint64_t slot = (cta * 2 + partial_slot(p_.plan, worker, block)) * 2 + group_;
-    return p_.workspace + slot * (128 * kPieces) + 32 * warp_ + lane_;
+  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
+    // A worker's place holds both CTAs' tiles, two warpgroups each.
+    const std::uint32_t part = shared_.rank * 2 + group_;
+    return ExchangeSlots(p_.plan, block, p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
+                         2 * kPrefillCluster * 128 * kPieces);
   }
   // Sums and stores this worker's pieces of the blocks that it shares.
-  __device__ __forceinline__ void reduce() const {
-    SegmentWalk walk(p_.plan, worker_);
+  __device__ __forceinline__ void reduce() {
+    SegmentWalk walk(p_.plan, worker());
     Segment segment;
+    staging_free_ = false;
     while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
       const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
       if ((segment.begin == 0 && segment.end == p_.plan.units) || tile >= p_.row_tiles) continue;
-      const std::uint32_t first = p_.plan.first_worker(segment.block);
-      const std::uint32_t workers = p_.plan.last_worker(segment.block) - first + 1;
+      claim_staging();
       const std::uint32_t row = first_row(tile) + 16 * warp_;
       const RowTerms terms(p_.output, row + lane_ / 4);
-      for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
-        if ((group_ * kPieces + piece) % workers != worker_ - first) continue;
-        const std::uint32_t first_token = place.token_tile * Traits::kTokens + 16 * piece;
-        float a[4];
+      const ExchangeSlots slots = slots_of(segment.block);
+      const std::uint32_t mine =
+          (worker() - slots.first + slots.workers - group_ * kPieces % slots.workers) % slots.workers;
+      if (mine >= kPieces) continue;
+      const std::uint32_t count = (kPieces - mine + slots.workers - 1) / slots.workers;
+      // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece.
+      const std::uint32_t sums = staging() + 16 * (32 * warp_ + lane_);
+      float sum[8] = {};
+      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
+        add(v, sum);
+        if (!last) return;
+        ptx::store_shared_16(sums + 4096 * i, as_words(sum));
+        ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
 #pragma unroll
-        for (std::uint32_t i = 0; i < 4; ++i)
-          a[i] = token_scale(first_token + 8 * (i / 2) + 2 * (lane_ % 4) + i % 2);
-        float sum[8] = {};
-        constexpr std::uint32_t kSlots = 8;
-        for (std::uint32_t c = 0; c < workers; c += kSlots) {
-          uint4* slot[kSlots];
-#pragma unroll
-          for (std::uint32_t i = 0; i < kSlots; ++i)
-            slot[i] = partial(first + min(c + i, workers - 1), segment.block) + 128 * piece;
-          uint4 v[kSlots];
-          collect(slot, workers - c, v);
-#pragma unroll
-          for (std::uint32_t i = 0; i < kSlots; ++i)
-            if (c + i < workers) add(v[i], sum);
-        }
-        __syncwarp();
-#pragma unroll
-        for (std::uint32_t b = 0; b < 2; ++b) {
-          float v[4] = {sum[4 * b], sum[4 * b + 1], sum[4 * b + 2], sum[4 * b + 3]};
-          const std::uint32_t token = first_token + 8 * b;
-          finish_block(p_.output, terms, row + lane_ / 4, token + 2 * (lane_ % 4), a[2 * b], a[2 * b + 1], v);
-          store_block(p_.output, row, token, lane_, v);
-        }
+        for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
+      });
+      __syncwarp();
+#pragma unroll 1
+      for (std::uint32_t i = 0; i < 2 * count; ++i) {
+        const std::uint32_t token =
+            place.token_tile * Traits::kTokens + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
+        const std::uint32_t own = token + 2 * (lane_ % 4);
+        const float a0 = token_scale(own);
+        const float a1 = token_scale(own + 1);
+        const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+        float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
+        finish_block(p_.output, terms, row + lane_ / 4, own, a0, a1, v);
+        store_block(p_.output, row, token, lane_, v);
       }
     }
   }
@@ -488,7 +491,7 @@ class PrefillConsumer {
   const PrefillParams& p_;
   const CUtensorMap* out_map_;
   const PrefillShared<Traits>& shared_;
-  std::uint32_t worker_, group_, warp_, lane_;
+  std::uint32_t group_, warp_, lane_;
   bool staging_free_ = false;
   RingPosition<Traits::kStages> ring_;
 };
@@ -499,39 +502,41 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
                    const __grid_constant__ PrefillParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const std::uint32_t warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
-  const std::uint32_t lane = ptx::lane_index();
   const PrefillShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
                                      ptx::cluster_rank()};
   const std::uint32_t worker = blockIdx.x / kPrefillCluster;
   Stopwatch<kVariant == Variant::profile> watch;
   watch.stamp(Stamp::started);
   ptx::launch_next_kernel();
-  if (warp < 8) {
+  const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
+  if (warp == 8) {
+    if (ptx::elect_one()) {
+      for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
+        ptx::mbarrier_init(shared.full(i), 1);
+        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
+      }
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
+    producer.fetch_first_weights();
+  } else if (warp == 9) {
+    if (ptx::elect_one()) {
+      ptx::tensor_prefetch(&token_map);
+      ptx::tensor_prefetch(&out_map);
+    }
+    __syncwarp();
+  } else if (warp < 8) {
     build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
-    ptx::cluster_sync();
+  }
+  __syncthreads();      // the table
+  ptx::cluster_sync();  // the other CTA's barriers
+  watch.stamp(Stamp::ready);
+  if (warp < 8) {
     ptx::registers_increase<232>();
-    watch.stamp(Stamp::ready);
-    PrefillConsumer<Traits, kVariant>(p, &out_map, shared, worker, warp, lane).run(watch);
+    const std::uint32_t again = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);  // not kept: see worker()
+    PrefillConsumer<Traits, kVariant>(p, &out_map, shared, again, ptx::lane_index()).run(watch);
     if (threadIdx.x == 0) watch.write(p.profile);
   } else {
-    const PrefillProducer<Traits> producer(p, &token_map, shared, worker);
-    if (warp == 8) {
-      if (ptx::elect_one()) {
-        for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
-          ptx::mbarrier_init(shared.full(i), 1);
-          ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
-        }
-        ptx::mbarrier_init_fence();
-      }
-      __syncwarp();
-      producer.fetch_first_weights();
-      if (ptx::elect_one()) {
-        ptx::tensor_prefetch(&token_map);
-        ptx::tensor_prefetch(&out_map);
-      }
-      __syncwarp();
-    }
-    ptx::cluster_sync();
     ptx::registers_decrease<40>();
     if (warp == 8) producer.run();
   }

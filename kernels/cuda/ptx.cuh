@@ -148,9 +148,10 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// Relaxed: a release at cluster scope is a memory barrier of the whole GPU and costs over a microsecond.
+// mbarrier_init_fence orders what the CTAs must see of each other.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
 }
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(std::uint32_t id) {

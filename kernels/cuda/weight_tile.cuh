@@ -23,6 +23,19 @@ struct WeightFragment {
     rows[0] = ptx::load_shared_8(table | ((sigma << 3U) & 0x3f8U));
     rows[1] = ptx::load_shared_8(table | ((sigma >> 5U) & 0x3f8U));
   }
+  // The same in two parts, for loads into registers that steps 0 and 1, then 2 and 3 of the tile before have
+  // just given up: the first returns the scale bytes that the second wants.
+  __device__ __forceinline__ std::uint32_t load_first(std::uint32_t half, std::uint32_t warp,
+                                                      std::uint32_t lane) {
+    codes[0] = ptx::load_shared_16(half + 16 * (32 * warp + lane));
+    return ptx::load_shared_2(half + kHalfCodeBytes + 2 * (8 * warp + lane / 4));
+  }
+  __device__ __forceinline__ void load_second(std::uint32_t half, std::uint32_t table, std::uint32_t sigma,
+                                              std::uint32_t warp, std::uint32_t lane) {
+    rows[0] = ptx::load_shared_8(table | ((sigma << 3U) & 0x3f8U));
+    rows[1] = ptx::load_shared_8(table | ((sigma >> 5U) & 0x3f8U));
+    codes[1] = ptx::load_shared_16(half + 2048 + 16 * (32 * warp + lane));
+  }
   // The operand registers of k32 step s.
   __device__ __forceinline__ void expand(std::uint32_t s, std::uint32_t (&a)[4]) const {
     const uint4& c = codes[s / 2];

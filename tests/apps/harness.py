@@ -63,12 +63,12 @@ def environment(extra=None):
     return env
 
 
-def fireq(*args, code=0, timeout=600, env=None, cwd=None):
+def fireq(*args, code=0, timeout=600, env=None, cwd=None, user=None):
     """Runs fireq without a terminal; the exit code must be `code` (None: any that docs/errors.md knows)."""
     command = arguments(args)
     begin = time.monotonic()
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=environment(env), cwd=cwd, timeout=timeout)
+                          env=environment(env), cwd=cwd, timeout=timeout, user=user)
     result = Result(" ".join(command), done.returncode, done.stdout.decode("utf-8", "replace"),
                     done.stderr.decode("utf-8", "replace"), time.monotonic() - begin)
     if code is None:
@@ -88,7 +88,7 @@ def refused(*args, code, parts=(), absent=(), **kw):
     """fireq must fail, with `code` unless None, and say so in one line that has every part. Returns the line."""
     result = fireq(*args, code=code, **kw)
     assert result.code != 0, f"a failure expected\n{result}"
-    lines = [line for line in result.err.splitlines() if line.strip() and not line.startswith("warning:")]
+    lines = [line for line in result.err.splitlines() if line.strip() and not line.startswith("fireq: warning:")]
     assert len(lines) == 1, f"one line on stderr expected, not {len(lines)}\n{result}"
     line = lines[0]
     for part in parts:
@@ -228,6 +228,8 @@ class TestCase(unittest.TestCase):
         self._tmp = tempfile.TemporaryDirectory(prefix="fireq-test-")
         self.tmp = Path(self._tmp.name)
         self.addCleanup(self._tmp.cleanup)
+        begin = time.monotonic()
+        self.addCleanup(lambda: print(f"({time.monotonic() - begin:.1f} s)", end=" ", file=sys.stderr))
 
     @classmethod
     def quantised(cls, name, model, *args):

@@ -177,8 +177,8 @@ class Model:
         x8 = rn8(x / a).astype(np.float32)
         return bf16((a * r) * (x8 @ weight.T))
 
-    def logits(self, ids, activations="fp", k="fp", v="fp", qp="fp"):
-        """[T, vocab] of one window. 'fp8' and 'int4' switch the quantisation of numerics.md on."""
+    def logits(self, ids, activations="fp", k="fp", v="fp", qp="fp", last=False):
+        """[T, vocab] of one window ([1, vocab] with last). 'fp8' and 'int4' switch the quantisation of numerics.md on."""
         c = self.config
         fp8, length, group = activations == "fp8", len(ids), c.heads // c.kv_heads
         half = c.head_dim // 2
@@ -228,7 +228,7 @@ class Model:
             gate = self._apply(i, "mlp.gate_proj", x, fp8)
             up = self._apply(i, "mlp.up_proj", x, fp8)
             hidden = hidden + self._apply(i, "mlp.down_proj", gate / (1 + np.exp(-gate)) * up, fp8)
-        return norm(hidden, self.final_norm) @ self.head.T
+        return norm(hidden[-1:] if last else hidden, self.final_norm) @ self.head.T
 
     @staticmethod
     def _attend(score, sigma_v, value, fp8):
@@ -284,8 +284,9 @@ def quantise_rtn_rows(weight):
     padded[:, :cols] = weight
     padded = padded.reshape(rows, groups, GROUP)
     amax = np.abs(padded).max(axis=2)
-    least = np.maximum(amax.max(axis=1) / (7 * 56), 1 / 28672)
-    r = np.array([_round_up_bf16(56 * value) / 56 for value in least])
+    # 56 r is at least amax / 7: one division, exact where the quotient is a bf16 number itself.
+    least = np.maximum(amax.max(axis=1) / 7, 56 / 28672)
+    r = np.array([_round_up_bf16(value) / 56 for value in least])
     # 56 r is a bf16 number; r itself is stored in FP32.
     r = r.astype(np.float32).astype(np.float64)
     scaled = padded / r[:, None, None]

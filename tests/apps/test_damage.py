@@ -1,5 +1,6 @@
 """Files that were cut, flipped, swapped or lost: refused by name, by every command that reads them."""
 import json
+import os
 import random
 import shutil
 import struct
@@ -296,6 +297,22 @@ class Environment(TestCase):
         (self.tmp / "file").write_text("")
         refused("quantize", STORIES_260K, "-o", self.tmp / "file" / "out", "--preset", "rtn", "--quiet", code=None,
                 parts=["file"])
+
+    def test_output_folder_without_the_right_to_write(self):
+        nobody = 65534 if os.geteuid() == 0 else None
+        closed = self.tmp / "closed"
+        closed.mkdir()
+        closed.chmod(0o555)
+        self.tmp.chmod(0o755)
+        self.addCleanup(closed.chmod, 0o755)
+        if nobody and fireq("inspect", STORIES_260K, "--quiet", code=None, user=nobody).code != 0:
+            self.skipTest("another user cannot read the test data here, and root may write anywhere")
+        for command, made in ((("quantize", STORIES_260K, "-o", closed / "out", "--preset", "rtn"), "out"),
+                              (("calibrate", STORIES_260K, "-o", closed / "x.h5", *EVALUATE[:4]), "x.h5"),
+                              (("inspect", STORIES_260K, "--json", closed / "r.json"), "r.json")):
+            with self.subTest(command[0]):
+                refused(*command, "--quiet", code=ENVIRONMENT, parts=[closed / made, "Permission denied"], user=nobody)
+                self.assertEqual([], list(closed.iterdir()))
 
     def test_output_to_a_full_device(self):
         line = refused("eval", STORIES_260K, *EVALUATE, "--json", "/dev/full/x", code=None)

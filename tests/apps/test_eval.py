@@ -6,7 +6,7 @@ import numpy as np
 
 import oracle
 from harness import (CALIBRATE_260K, DATA, GRIMM, INPUT, STORIES_15M, STORIES_260K, STORIES_260K_BF16, TINY, USAGE,
-                     TestCase, copy_model, fireq_json, main, refused)
+                     TestCase, copy_model, edit_json, fireq_json, main, read_tensors, refused, write_safetensors)
 
 KEYS = {"ppl", "nll_per_token", "nll_stderr", "tokens", "windows", "scored", "bos", "seconds", "cpu_seconds"}
 GOLDEN = {g["name"]: g for g in json.loads((DATA / "golden/golden.json").read_text())}
@@ -199,7 +199,16 @@ class Reference(TestCase):
 
     def test_a_reference_with_another_vocabulary_is_refused(self):
         refused("eval", STORIES_260K, "--reference", STORIES_15M, "--text", TINY, "--max-chars", 3000, "--quiet",
-                code=None, parts=["32000", "512"])
+                code=INPUT, parts=["stories15M", "not the same model"])
+        # All sizes but the vocabulary's the same.
+        other = copy_model(STORIES_260K, self.tmp / "other")
+        tensors = {n: (d, a.copy()) for n, (d, a) in read_tensors(STORIES_260K).items()}
+        dtype, embedding = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = (dtype, embedding[:500])
+        write_safetensors(other / "model.safetensors", tensors)
+        edit_json(other / "config.json", lambda j: j.__setitem__("vocab_size", 500))
+        refused("eval", STORIES_260K, "--reference", other, "--text", TINY, "--max-chars", 3000, "--quiet",
+                code=INPUT, parts=["other", "512", "500"])
 
 
 class Texts(TestCase):

@@ -345,7 +345,10 @@ class Inputs(TestCase):
                 fireq("quantize", model, "-o", self.tmp / preset, "--preset", preset, "--quiet", *extra)
                 packed = oracle.Model(self.tmp / preset).packed
                 v = packed["model.layers.1.self_attn.v_proj"].weights()
-                self.assertAlmostEqual(v[4, 7], 60000, delta=60000 * 0.07)
+                if preset == "paper":  # one scale for the tensor, at most 1: a product saturates at 448
+                    self.assertEqual(448, v[4, 7])
+                else:
+                    self.assertAlmostEqual(v[4, 7], 60000, delta=60000 * 0.07)
                 if preset != "fast":
                     self.assertFalse(v[3].any())
                     self.assertFalse(packed["model.layers.1.self_attn.o_proj"].weights().any())

@@ -13,6 +13,14 @@ from harness import (CALIBRATE_260K, ENVIRONMENT, INPUT, INTERRUPTED, STORIES_15
 CALIBRATE_15M = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 12000, "--samples", 8, "--length", 128)
 
 
+def has_work(partial):
+    """Something is finished: statistics, or a layer."""
+    try:
+        return any(p.is_file() and p.suffix in (".h5", ".safetensors") for p in partial.rglob("*"))
+    except FileNotFoundError:
+        return False
+
+
 class Killed(TestCase):
     def partial(self, out):
         return out.with_name(out.name + ".fireq-partial")
@@ -40,6 +48,8 @@ class Killed(TestCase):
             self.assertIn(process.returncode, (0, -signal.SIGKILL), err.decode())
             if not out.exists() and self.partial(out).exists():
                 self.assert_not_loadable(self.partial(out))
+            if out.exists() and self.partial(out).exists():  # killed after the output was complete
+                refused("quantize", model, "-o", out, "--quiet", "--resume", *args, code=USAGE, parts=[out, "--force"])
             mode = ("--resume",) if self.partial(out).exists() else ()
         self.assertFalse(self.partial(out).exists())
         self.assert_same_folder(whole, out)
@@ -75,7 +85,7 @@ class Killed(TestCase):
             deadline = time.monotonic() + 60
             while process.poll() is None and time.monotonic() < deadline:
                 if self.partial(out).exists():
-                    state = tuple(sorted(p.name for p in self.partial(out).iterdir()))
+                    state = tuple(sorted(str(p.relative_to(out.parent)) for p in self.partial(out).rglob("*")))
                     if state not in snapshots:
                         process.send_signal(signal.SIGSTOP)
                         copy = self.tmp / f"snapshot{len(snapshots)}"
@@ -105,7 +115,7 @@ class Interrupted(TestCase):
         """Sends the signal once the first layer is done; returns (exit code, stderr)."""
         process = start("quantize", STORIES_15M, "-o", out, *args)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and not self.partial(out).exists():
+        while process.poll() is None and time.monotonic() < deadline and not has_work(self.partial(out)):
             time.sleep(0.002)
         process.send_signal(how)
         _, err = process.communicate(timeout=120)
@@ -177,7 +187,7 @@ class Modes(TestCase):
         refused("quantize", STORIES_260K, "-o", out, "--preset", "rtn", "--quiet", code=USAGE, parts=[out])
         self.assertEqual("mine", out.read_text())
         refused("quantize", STORIES_260K, "-o", self.tmp / "no" / "such" / "parent", "--preset", "rtn", "--quiet",
-                code=None, parts=["parent"])
+                code=USAGE, parts=["no/such", "does not exist"])
 
     def test_partial_folder_needs_a_decision(self):
         args = ("--preset", "fast", *CALIBRATE_15M)
@@ -280,7 +290,7 @@ class Modes(TestCase):
         partial = self.partial(out)
         args = ("--preset", "paper", *CALIBRATE_260K)
         process = start("quantize", STORIES_260K, "-o", out, "--quiet", *args)
-        while process.poll() is None and not partial.exists():
+        while process.poll() is None and not has_work(partial):
             pass
         stop_group(process)
         process.communicate()

@@ -1,8 +1,11 @@
 """The command line itself: help, versions, options that do not exist, folders that are not there."""
+import json
 import re
+import shutil
+import subprocess
 
-from harness import (DATA, GRIMM, INPUT, ROOT, STORIES_260K, TINY, USAGE, TestCase, copy_model, fireq, fireq_json,
-                     main, refused)
+from harness import (CALIBRATE_260K, DATA, ENVIRONMENT, GRIMM, INPUT, ROOT, STORIES_15M, STORIES_260K, TINY, USAGE,
+                     TestCase, arguments, copy_model, environment, fireq, fireq_json, main, parse_json, refused)
 
 SUBCOMMANDS = ("quantize", "calibrate", "eval", "inspect", "validate", "generate")
 
@@ -40,13 +43,18 @@ class Usage(TestCase):
         refused(code=USAGE)
 
     def test_unknown_subcommand_and_option(self):
-        refused("quantise", code=USAGE, parts=["quantise"])
+        for word, nearest in (("quantise", "quantize"), ("evaluate", "eval"), ("chat", "calibrate")):
+            line = refused(word, STORIES_260K, "--text", TINY, code=USAGE, parts=[f"'{word}'", "did you mean", "--help"])
+            for name in SUBCOMMANDS:
+                self.assertIn(name, line)
+            if word != "chat":
+                self.assertIn(f"did you mean '{nearest}'", line)
         refused("eval", STORIES_260K, "--text", TINY, "--no-such-option", code=USAGE, parts=["--no-such-option"])
 
     def test_values_out_of_range_or_of_the_wrong_kind(self):
         evaluate = ("eval", STORIES_260K, "--text", TINY, "--max-chars", 5000)
         for extra, part in (
-            (("--ctx", "many"), "ctx"), (("--ctx", "0"), "ctx"), (("--ctx", "1"), "ctx"), (("--ctx", "-5"), "ctx"),
+            (("--ctx", "many"), "ctx"), (("--ctx", "2.5"), "ctx"), (("--ctx", ""), "ctx"), (("--ctx", "0"), "ctx"), (("--ctx", "1"), "ctx"), (("--ctx", "-5"), "ctx"),
             (("--bos", "sometimes"), "bos"), (("--threads", "-1"), "threads"), (("--threads", "x"), "threads"),
             (("--max-chars", "1.5"), "max-chars"), (("--skip-chars", "99999999999999999999"), "skip-chars"),
             (("--kv", "int3"), "kv"), (("--activations", "int8"), "activations"),
@@ -54,8 +62,51 @@ class Usage(TestCase):
             with self.subTest(extra):
                 refused(*evaluate, *extra, code=USAGE, parts=[part])
 
-    def test_context_over_the_models_is_refused(self):
-        refused("eval", STORIES_260K, "--text", TINY, "--ctx", 513, code=USAGE, parts=["513", "512"])
+    def test_numbers_that_would_wrap_around(self):
+        """Every option that takes a whole number: refused with its name and the value as it was given."""
+        seen = 0
+        quantize = ("quantize", STORIES_260K, "-o", self.tmp / "out", "--text", TINY)
+        for command in (quantize, ("calibrate", STORIES_260K, "-o", self.tmp / "x.h5", "--text", TINY),
+                        ("eval", STORIES_260K, "--text", TINY), ("validate", STORIES_260K),
+                        ("inspect", STORIES_260K), ("generate", STORIES_260K, "-p", "Once")):
+            text = fireq(command[0], "--help").out
+            options = re.findall(r"(--[a-z-]+) (?:UINT|INT|UINT:[^ ]*|INT:[^ ]*)\b", text)
+            self.assertIn("--threads", options)
+            for option in options:
+                for value in ("-3", "99999999999999999999", "18446744073709551617", "0x10", "1e3"):
+                    with self.subTest(command=command[0], option=option, value=value):
+                        seen += 1
+                        refused(*command, option, value, "--quiet", code=USAGE, parts=[option, f"'{value}'"])
+        self.assertGreater(seen, 5 * 20)
+        self.assertEqual([], list(self.tmp.iterdir()))
+
+    def test_leading_zeros_are_decimal(self):
+        evaluate = ("eval", STORIES_260K, "--text", TINY, "--ctx", 64)
+        self.assertEqual(fireq_json(*evaluate, "--max-chars", "1000")["tokens"],
+                         fireq_json(*evaluate, "--max-chars", "01000")["tokens"])
+
+    def test_context_over_the_models_is_a_warning(self):
+        result = fireq("eval", STORIES_260K, "--text", TINY, "--max-chars", 3000, "--ctx", 513, "--quiet")
+        self.assertRegex(result.err, r"^fireq: warning: .*513.*512.*\n$")
+
+    def test_text_shorter_than_a_window(self):
+        short = self.tmp / "short.txt"
+        short.write_text("Once upon a time there was a cat.")
+        for command, option in ((("eval", STORIES_260K, "--ctx", 128), "--ctx"),
+                                (("calibrate", STORIES_260K, "--length", 128, "-o", self.tmp / "x.h5"), "--length"),
+                                (("quantize", STORIES_260K, "--length", 128, "-o", self.tmp / "out"), "--length")):
+            for bos in ("head", "window", "none"):
+                with self.subTest(command=command[0], bos=bos):
+                    line = refused(*command, "--text", short, "--bos", bos, "--quiet", code=INPUT,
+                                   parts=["short.txt", "shorter than one window", "128", option, "more text"])
+                    # The largest window that it names is one that works.
+                    have = int(re.search(r"found (\d+)", line)[1])
+                    self.assertTrue(8 < have < 40, line)
+                    again = [have if word == 128 else word for word in command]
+                    fireq(*again, "--text", short, "--bos", bos, "--quiet")
+                    for made in self.tmp.iterdir():
+                        if made != short:
+                            shutil.rmtree(made) if made.is_dir() else made.unlink()
 
     def test_missing_arguments(self):
         refused("quantize", STORIES_260K, code=USAGE, parts=["-o"])
@@ -84,7 +135,12 @@ class Usage(TestCase):
                 self.tmp / "recipe.json", "--quiet", code=USAGE, parts=["recipe"])
 
     def test_unknown_recipe_key_names_the_nearest(self):
-        for text, part in (('{"preset": "rtn", "lambda2_k": 1}', "lambda2_c"), ('{"preset": "rtn", ', "recipe.json"),
+        for text, part in (('{"preset": "rtn", "lambda2_k": 1}', "did you mean 'smoothing.lambda2_c'"),
+                           ('{"preset": "rtn", "smoothing": {"lamda3": true}}', "did you mean 'smoothing.lambda3'"),
+                           ('{"preset": "rtn", "kv": true}', "did you mean 'kv_cache'"),
+                           ('{"preset": "rtn", "weight": {}}', "did you mean 'weights'"),
+                           ('{"preset": "rtn", "weights": {"top_k": 2}}', "did you mean 'keys.top_k'"),
+                           ('{"preset": "rtn", ', "recipe.json"),
                            ('{"preset": "rtn", "lambda2": "yes"}', "lambda2"), ('[]', "recipe.json")):
             with self.subTest(text):
                 (self.tmp / "recipe.json").write_text(text)
@@ -98,9 +154,73 @@ class Usage(TestCase):
 
 
 class Output(TestCase):
-    def test_quiet_says_nothing_on_stderr(self):
-        result = fireq("eval", STORIES_260K, "--text", TINY, "--max-chars", 5000, "--quiet")
-        self.assertEqual("", result.err)
+    def test_quiet_says_nothing(self):
+        packed = self.tmp / "packed"
+        for command in (("eval", STORIES_260K, "--text", TINY, "--max-chars", 5000), ("inspect", STORIES_260K),
+                        ("quantize", STORIES_260K, "-o", packed, "--preset", "rtn"),
+                        ("calibrate", STORIES_260K, "-o", self.tmp / "x.h5", *CALIBRATE_260K),
+                        ("validate", packed, "--reference", STORIES_260K)):
+            with self.subTest(command[0]):
+                result = fireq(*command, "--quiet")
+                self.assertEqual(("", ""), (result.out, result.err))
+
+    def test_progress_without_a_terminal_is_lines(self):
+        """Work of some seconds: plain lines on stderr with the stage, how far it is and the time."""
+        result = fireq("eval", STORIES_15M, "--text", TINY, "--max-chars", 40000, "--threads", 1)
+        lines = result.err.splitlines()
+        if result.seconds > 4:
+            self.assertTrue(lines)
+        for line in lines:
+            self.assertRegex(line, r"^evaluate: \d+ of \d+ \(\d+ %\), .+")
+        if lines:
+            self.assertIn("(100 %)", lines[-1])
+
+    def test_json_on_the_standard_output(self):
+        """'-': one JSON value and nothing else, for every subcommand."""
+        packed = self.quantised("rtn", STORIES_260K, "--preset", "rtn")
+        text = ("--text", TINY, "--max-chars", 4000)
+        for command, keys in (
+            (("quantize", STORIES_260K, "-o", self.tmp / "out", "--preset", "rtn"),
+             {"out", "linears", "bytes_before", "bytes_after", "resumed_layers", "seconds", "warnings", "recipe"}),
+            (("quantize", STORIES_260K, "-o", self.tmp / "dry", "--preset", "rtn", "--dry-run"),
+             {"linears", "kept", "bytes_before", "bytes_after", "peak_memory", "largest_layer_fp32", "recipe"}),
+            (("calibrate", STORIES_260K, "-o", self.tmp / "x.h5", *CALIBRATE_260K),
+             {"out", "layers", "tokens", "windows", "model_fingerprint", "text_fingerprint", "seconds"}),
+            (("eval", packed, *text, "--reference", STORIES_260K),
+             {"ppl", "nll_per_token", "nll_stderr", "tokens", "windows", "scored", "bos", "seconds", "kl_mean", "kl_max",
+              "top1_agree"}),
+            (("inspect", packed), {"kind", "packed", "recipe"}),
+            (("inspect", STORIES_260K), {"kind", "weights"}),
+            (("inspect", self.tmp / "x.h5"), {"kind", "sites", "tokens", "windows"}),
+            (("validate", packed, "--reference", STORIES_260K, *text),
+             {"linears", "failures", "kl_mean", "kl_max", "top1_agree", "ppl", "scored"}),
+            (("generate", packed, "-p", "Once", "-n", 4),
+             {"text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second", "stopped_at"}),
+        ):
+            with self.subTest(command[:2]):
+                result = fireq(*command, "--json", "-")
+                value = json.loads(result.out)
+                self.assertLessEqual(keys, set(value))
+                # The same keys in a file, which appears whole.
+                path = self.tmp / "report.json"
+                again = [self.tmp / "other" if word == self.tmp / "out" else word for word in command]
+                again = [self.tmp / "y.h5" if word == self.tmp / "x.h5" and command[0] == "calibrate" else word
+                         for word in again]
+                fireq(*again, "--json", path, "--quiet")
+                self.assertEqual(set(value), set(parse_json(path)))
+                self.assertEqual([], [p.name for p in self.tmp.iterdir() if "report.json." in p.name])
+
+    def test_standard_output_that_cannot_be_written(self):
+        with open("/dev/full", "w") as full:
+            for command in (("eval", STORIES_260K, "--text", TINY, "--max-chars", 3000), ("inspect", STORIES_260K),
+                            ("generate", STORIES_260K, "-p", "Once", "-n", 4),
+                            ("eval", STORIES_260K, "--text", TINY, "--max-chars", 3000, "--json", "-")):
+                with self.subTest(command[0]):
+                    done = subprocess.run(arguments(command), stdin=subprocess.DEVNULL, stdout=full,
+                                          stderr=subprocess.PIPE, env=environment(), text=True)
+                    self.assertEqual(ENVIRONMENT, done.returncode, done.stderr)
+                    self.assertIn("standard output", done.stderr)
+                    self.assertIn("No space left", done.stderr)
 
     def test_no_control_characters_without_a_terminal(self):
         result = fireq("eval", STORIES_260K, "--text", TINY, "--max-chars", 5000)
@@ -122,8 +242,8 @@ class Output(TestCase):
 
     def test_same_answer_from_any_folder(self):
         relative = fireq("eval", "models/stories260K", "--text", "text/tinystories_train_head_944k.txt", "--max-chars",
-                         "6000", "--quiet", "--threads", "1", cwd=DATA)
-        absolute = fireq("eval", STORIES_260K, "--text", TINY, "--max-chars", 6000, "--quiet", "--threads", 2)
+                         "6000", "--threads", "1", cwd=DATA)
+        absolute = fireq("eval", STORIES_260K, "--text", TINY, "--max-chars", 6000, "--threads", 2)
         def numbers(text):
             return [n for line in text.splitlines() if "ppl" in line.lower() or "perplex" in line.lower()
                     for n in re.findall(r"\d+\.\d+", line)]

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -54,7 +55,9 @@ inline void expect_golden_logits(const nlohmann::json& golden, const std::string
   const std::vector<float> logits = calib::window_logits(*model, ids, {}, threads);
   ASSERT_EQ(expected.size(), shape[0] * shape[1]);
   ASSERT_EQ(logits.size(), expected.size());
-  EXPECT_LE(largest_difference(expected, logits), kLogitBound);
+  const double difference = largest_difference(expected, logits);
+  std::cout << "logits differ by at most " << difference << "\n";
+  EXPECT_LE(difference, kLogitBound);
 }
 
 inline void expect_golden_perplexity(const nlohmann::json& golden, const std::string& folder, int threads) {
@@ -71,7 +74,9 @@ inline void expect_golden_perplexity(const nlohmann::json& golden, const std::st
   EXPECT_EQ(result.windows, golden.at("windows").get<std::uint64_t>());
   EXPECT_EQ(result.scored, golden.at("scored").get<std::uint64_t>());
   const double expected = golden.at("ppl").get<double>();
-  EXPECT_LE(std::fabs(result.ppl - expected), kPerplexityBound * expected) << result.ppl;
+  const double difference = std::fabs(result.ppl - expected) / expected;
+  std::cout << "perplexity " << result.ppl << ", relative difference " << difference << "\n";
+  EXPECT_LE(difference, kPerplexityBound);
 }
 
 }  // namespace fireq::test

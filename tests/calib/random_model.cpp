@@ -140,6 +140,7 @@ void write_random_model(const std::filesystem::path& folder, const RandomModel& 
   Maker maker(m);
   const std::vector<Plan> tensors = maker.plan();
   std::vector<formats::TensorPlan> plan;
+  plan.reserve(tensors.size());
   for (const Plan& p : tensors) plan.push_back({p.name, dtype, p.shape});
   formats::SafetensorsWriter writer(formats::real_file_system(), (folder / "model.safetensors").string(),
                                     plan, {{"format", "pt"}});

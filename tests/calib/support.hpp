@@ -77,7 +77,7 @@ double relative_error(const A& reference, const B& value) {
   double sum = 0;
   double error = 0;
   for (std::size_t i = 0; i < reference.size(); ++i) {
-    const double r = static_cast<double>(reference[i]);
+    const auto r = static_cast<double>(reference[i]);
     const double e = static_cast<double>(value[i]) - r;
     sum += r * r;
     error += e * e;
@@ -152,7 +152,7 @@ inline void write_safetensors(const std::filesystem::path& path, const RawTensor
   std::uint64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
     if (offset > 0 || header.size() > 1) header += ",";
-    header += "\"" + name + "\":{\"dtype\":\"" + tensor.dtype + "\",\"shape\":[";
+    header += "\"" + name + R"(":{"dtype":")" + tensor.dtype + R"(","shape":[)";
     for (std::size_t i = 0; i < tensor.shape.size(); ++i) {
       header += (i > 0 ? "," : "") + std::to_string(tensor.shape[i]);
     }

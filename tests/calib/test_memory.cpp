@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <iostream>
 #include <random>
 
 #include "tests/calib/measured_run.hpp"
@@ -132,6 +133,24 @@ TEST(QuantizeMemory, HoldsAtMostTwoCopiesOfALayer) {
   ASSERT_GT(bound.layer, 280 * kMegabyte);
   expect_within(model.string(),
                 {"--preset", "paper", "--tokens", tokens, "--samples", "1", "--length", "256"}, bound);
+}
+
+// Long calibration: a second copy of the activations would break the bound.
+TEST(QuantizeMemory, HoldsTheActivationsOnce) {
+  const RandomModel shape{
+      .hidden = 1024, .ffn = 64, .heads = 4, .kv_heads = 2, .head_dim = 16, .context = 512};
+  constexpr std::uint64_t kSamples = 128;
+  constexpr std::uint64_t kTokens = kSamples * 512;
+  const test::TempFolder folder;
+  const std::filesystem::path model = folder.path() / "model";
+  write_model(model, shape);
+  const std::string tokens = write_tokens(folder.path() / "ids.u32", kTokens, shape.vocab);
+  const Bound bound = bound_of(shape, kTokens);
+  ASSERT_GT(bound.activations, bound.fixed + 60 * kMegabyte);
+  expect_within(
+      model.string(),
+      {"--preset", "fast", "--tokens", tokens, "--samples", std::to_string(kSamples), "--length", "512"},
+      bound);
 }
 
 TEST(QuantizeMemory, SmolLM2) {

@@ -83,7 +83,9 @@ TEST_P(TinyModel, LogitsAndPerplexityAreTransformers) {
   for (const int threads : {1, 3}) {
     const std::vector<float> logits = window_logits(*tiny.model, tiny.ids, {}, threads);
     ASSERT_EQ(logits.size(), tiny.logits.size());
-    EXPECT_LE(test::largest_difference(tiny.logits, logits), test::kLogitBound);
+    const double difference = test::largest_difference(tiny.logits, logits);
+    std::cout << "logits differ by at most " << difference << "\n";
+    EXPECT_LE(difference, test::kLogitBound);
   }
   Progress silent;
   EvaluationOptions options;

@@ -1,8 +1,8 @@
 // A random layer on the device, in both layouts.
 #pragma once
 
+#include "kernels/device_memory.hpp"
 #include "kernels/weights.hpp"
-#include "tests/kernels/device_memory.hpp"
 #include "tests/kernels/problem.hpp"
 
 namespace fireq::kernels::testing {

@@ -148,6 +148,12 @@ class GemmTest : public GpuTest {
   }
 };
 
+// What racecheck has the time for.
+TEST_F(GemmTest, SmallestOfEveryKernel) {
+  for (const Case& c : {Case{3, 130, 300}, {60, 200, 900}, {70, 130, 520}})
+    check_all(c, kInt4, Spread::usual, false, 2.6e-3);
+}
+
 TEST_F(GemmTest, SmallTails) {
   for (const Case& c : {Case{1, 128, 128}, {3, 130, 129}, {7, 1, 300}, {8, 257, 500}})
     check_all(c, kInt4, Spread::usual, false, 2.6e-3);

@@ -4,8 +4,8 @@
 #include "common/error.hpp"
 #include "kernels/activations.hpp"
 #include "kernels/cpu_twin.hpp"
+#include "kernels/device_memory.hpp"
 #include "kernels/gemm_config.hpp"
-#include "tests/kernels/device_memory.hpp"
 #include "tests/kernels/problem.hpp"
 
 namespace fireq::kernels::testing {

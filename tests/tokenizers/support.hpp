@@ -12,6 +12,7 @@
 #include <fstream>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -78,6 +79,11 @@ struct Family {
   }
 };
 
+// For the names in ctest's list.
+inline void PrintTo(const Family& family, std::ostream* out) {
+  *out << family.name;
+}
+
 inline constexpr std::array<Family, 6> kFamilies = {{
     {"gpt2", "tokenizers/gpt2/tokenizer.json", Family::Changes::nothing},
     {"llama3", "tokenizers/llama3/tokenizer.json", Family::Changes::nothing},
@@ -86,6 +92,9 @@ inline constexpr std::array<Family, 6> kFamilies = {{
     {"llama2_json", "tokenizers/llama2/tokenizer.json", Family::Changes::marks_spaces},
     {"llama2_model", "tokenizers/llama2/tokenizer.model", Family::Changes::marks_spaces},
 }};
+
+// For what does not depend on the vocabulary: one of each kind of pipeline, the quickest to load.
+inline constexpr std::array<Family, 3> kSmallFamilies = {kFamilies[3], kFamilies[4], kFamilies[5]};
 
 inline std::string family_name(const testing::TestParamInfo<Family>& info) {
   return info.param.name;

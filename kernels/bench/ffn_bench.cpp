@@ -1,29 +1,19 @@
-// bench_ffn: a Llama feed-forward block (RMSNorm, gate and up, SiLU * up, down, residual) with FireQ's
-// kernels, with cuBLASLt in FP8 (our quantisers around it) and with cuBLASLt in bf16; and the bandwidth of
-// the row kernels. Weights rotate through more memory than the L2; one graph a block chain.
-#include <CLI/CLI.hpp>
+// A Llama feed-forward block (RMSNorm, gate and up, SiLU * up, down, residual) with FireQ's kernels, with
+// cuBLASLt in FP8 (our quantisers around it) and with cuBLASLt in bf16; and the bandwidth of the row kernels.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <fstream>
-#include <nlohmann/json.hpp>
+#include <memory>
 
+#include "common/error.hpp"
 #include "kernels/activations.hpp"
+#include "kernels/bench/bench.hpp"
+#include "kernels/bench/bf16_rows.hpp"
+#include "kernels/bench/support.hpp"
 #include "kernels/gemm.hpp"
-#include "tests/kernels/bench_bf16.hpp"
-#include "tests/kernels/bench_support.hpp"
-#include "tests/kernels/problem.hpp"
 
 namespace fireq::kernels::bench {
 namespace {
-
-struct Arguments {
-  std::uint64_t hidden = 4096, ffn = 14336;
-  std::vector<std::uint64_t> tokens{1, 16, 64, 128, 1024, 4096, 16384};
-  std::string json;
-  double milliseconds = 10;
-  int rounds = 3;
-};
 
 struct Candidate {
   const char* name;
@@ -34,7 +24,8 @@ struct Candidate {
 
 class FfnBench {
  public:
-  explicit FfnBench(const Arguments& args) : args_(args), device_(current_device()) {
+  FfnBench(const FfnBenchOptions& args, const Print& print)
+      : args_(args), print_(print), device_(current_device()) {
     const std::uint64_t h = args.hidden, f = args.ffn;
     copies_ = std::max<std::size_t>(2, (std::size_t{420} << 20U) / (3 * h * f / 2) + 1);
     up_bytes_ = (2 * f + 127) / 128 * ((h + 127) / 128) * 8320;
@@ -81,7 +72,7 @@ class FfnBench {
       WeightRef w;
       w.layout = WeightLayout::sm90;
       w.row_scales = row_scales_.get();
-      w.levels = testing::kNormalLike;
+      w.levels = kLevels;
       rmsnorm_quantize(norm, m, h, q, {stream, true});
       w.rows = 2 * f;
       w.cols = h;
@@ -136,20 +127,15 @@ class FfnBench {
     double time[3];
     for (int i = 0; i < 3; ++i)
       time[i] = summarize(candidates[static_cast<std::size_t>(i)].samples, 0).microseconds;
-    std::printf(
-        "ffn %llux%llu M %6llu: fireq %9.2f us, cublas fp8 %9.2f us (x%.2f), cublas bf16 %9.2f us (x%.2f), "
-        "%u "
-        "MHz\n",
-        static_cast<unsigned long long>(h), static_cast<unsigned long long>(f),
-        static_cast<unsigned long long>(m), time[0], time[1], time[1] / time[0], time[2], time[2] / time[0],
-        candidates[0].clock);
-    std::fflush(stdout);
-    results_.push_back({{"m", m},
-                        {"hidden", h},
-                        {"ffn", f},
-                        {"fireq_us", time[0]},
-                        {"fp8_us", time[1]},
-                        {"bf16_us", time[2]}});
+    char line[192];
+    std::snprintf(line, sizeof(line),
+                  "ffn %llux%llu M %6llu: fireq %9.2f us, cublas fp8 %9.2f us (x%.2f), cublas bf16 %9.2f us "
+                  "(x%.2f), %u MHz",
+                  static_cast<unsigned long long>(h), static_cast<unsigned long long>(f),
+                  static_cast<unsigned long long>(m), time[0], time[1], time[1] / time[0], time[2],
+                  time[2] / time[0], candidates[0].clock);
+    print_(line);
+    result_.blocks.push_back({m, time[0], time[1], time[2], candidates[0].clock});
   }
 
   // Bandwidth: bytes read and written once over time, of 4.4 TB/s.
@@ -183,9 +169,9 @@ class FfnBench {
     });
   }
 
-  void finish(const std::string& path) const {
-    if (!path.empty())
-      std::ofstream(path) << nlohmann::json{{"device", device_.name}, {"results", results_}}.dump(1) << '\n';
+  FfnBenchResult result() {
+    result_.device = device_;
+    return std::move(result_);
   }
 
  private:
@@ -197,47 +183,35 @@ class FfnBench {
     chain.run(args_.milliseconds, samples, clock);
     const double us = summarize(samples, clock).microseconds;
     const double rate = static_cast<double>(bytes) / us * 1e-6;
-    std::printf("rows %-20s M %6llu: %8.2f us, %.2f TB/s (%.2f of 4.4)\n", name,
-                static_cast<unsigned long long>(m), us, rate, rate / 4.4);
-    std::fflush(stdout);
-    results_.push_back({{"rows", name}, {"m", m}, {"us", us}, {"tb_per_s", rate}});
+    char line[128];
+    std::snprintf(line, sizeof(line), "rows %-20s M %6llu: %8.2f us, %.2f TB/s (%.2f of 4.4)", name,
+                  static_cast<unsigned long long>(m), us, rate, rate / 4.4);
+    print_(line);
+    result_.row_kernels.push_back({name, m, us, rate * 1e12});
   }
 
   static constexpr std::size_t kWideCopies = 3;
-  const Arguments& args_;
+  const FfnBenchOptions& args_;
+  const Print& print_;
   DeviceInfo device_;
   std::size_t copies_ = 0, up_bytes_ = 0, down_bytes_ = 0, next_ = 0;
   DeviceBuffer<std::uint8_t> up_, down_, up8_, down8_, workspace_;
   DeviceBuffer<std::uint16_t> up16_, down16_;
   DeviceBuffer<float> row_scales_, norm_;
-  nlohmann::json results_ = nlohmann::json::array();
+  FfnBenchResult result_;
 };
 
-int main_checked(int argc, char** argv) {
-  Arguments args;
-  CLI::App app{"FFN bench: FireQ, cuBLASLt FP8 and cuBLASLt bf16"};
-  app.add_option("--hidden", args.hidden, "width of the residual stream");
-  app.add_option("--ffn", args.ffn, "width between up and down");
-  app.add_option("--m", args.tokens, "numbers of tokens")->delimiter(',');
-  app.add_option("--json", args.json, "write results here");
-  app.add_option("--ms", args.milliseconds, "milliseconds a round and candidate");
-  app.add_option("--rounds", args.rounds, "interleaved rounds");
-  CLI11_PARSE(app, argc, argv);
-  FfnBench bench(args);
-  for (const std::uint64_t m : args.tokens) bench.block(m);
-  for (const std::uint64_t m : {1024U, 16384U}) bench.rows(m);
-  bench.finish(args.json);
-  return 0;
-}
-
 }  // namespace
-}  // namespace fireq::kernels::bench
 
-int main(int argc, char** argv) {
-  try {
-    return fireq::kernels::bench::main_checked(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "bench_ffn: %s\n", e.what());
-    return 4;
-  }
+FfnBenchResult run_ffn_bench(const FfnBenchOptions& options, const Print& print) {
+  if (options.hidden == 0 || options.hidden > 4096 || options.hidden % 16 != 0 || options.ffn % 16 != 0 ||
+      options.ffn == 0)
+    throw Error(ErrorKind::usage, "sizes of the feed-forward block")
+        .expected("multiples of 16, hidden at most 4096");
+  FfnBench bench(options, print);
+  for (const std::uint64_t m : options.tokens) bench.block(m);
+  for (const std::uint64_t m : {1024U, 16384U}) bench.rows(m);
+  return bench.result();
 }
+
+}  // namespace fireq::kernels::bench

@@ -1,45 +1,18 @@
-// bench_gemm: every configuration of gemm_w4a8 against the roof and against cuBLASLt FP8 and bf16 on the same
-// shapes, in one run. Roof of [M, N, K]: max(N K (1/2 + 1/128) bytes / bandwidth, 2 M N K / FP8 rate).
-// Operands rotate through more memory than the L2.
-#include <CLI/CLI.hpp>
+// Every configuration of gemm_w4a8 against the roof and against cuBLASLt.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <fstream>
 #include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 
+#include "common/error.hpp"
+#include "kernels/bench/bench.hpp"
+#include "kernels/bench/support.hpp"
 #include "kernels/gemm.hpp"
-#include "tests/kernels/bench_support.hpp"
-#include "tests/kernels/problem.hpp"
+#include "libquant/number_formats.hpp"
 
 namespace fireq::kernels::bench {
+
 namespace {
-
-struct Shape {
-  std::uint64_t n = 0, k = 0;
-};
-
-const std::map<std::string, std::vector<Shape>> kShapeSets{
-    {"llama3-8b", {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}}},
-    {"llama2-7b", {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}}},
-    {"llama3-70b", {{10240, 8192}, {8192, 8192}, {57344, 8192}, {8192, 28672}}}};
-
-std::vector<Shape> parse_shapes(const std::vector<std::string>& words) {
-  std::vector<Shape> shapes;
-  for (const std::string& word : words) {
-    if (const auto set = kShapeSets.find(word); set != kShapeSets.end()) {
-      shapes.insert(shapes.end(), set->second.begin(), set->second.end());
-      continue;
-    }
-    const std::size_t cross = word.find('x');
-    if (cross == std::string::npos)
-      throw std::runtime_error("a shape is NxK or llama3-8b, llama2-7b, llama3-70b: " + word);
-    shapes.push_back({std::stoull(word.substr(0, cross)), std::stoull(word.substr(cross + 1))});
-  }
-  return shapes;
-}
 
 struct Card {
   double bandwidth = 0;  // bytes a second, measured for reads on such a card
@@ -50,18 +23,9 @@ Card card_of(const std::string& name) {
   return {3.05e12, 1.46e15};
 }
 
-struct Arguments {
-  std::vector<std::string> shapes{"llama3-8b"};
-  std::vector<std::uint64_t> tokens{1, 8, 16, 32, 64};
-  std::vector<std::string> only;  // configurations; empty: all but portable
-  std::string json;
-  double milliseconds = 4;
-  int rounds = 3;
-  bool bf16 = false, check = true, serial = false, profile = false;
-};
-
 struct Candidate {
   std::string name;
+  bool chosen = false;
   std::unique_ptr<Chain> chain;
   std::vector<double> samples;
   unsigned clock = 0;
@@ -70,8 +34,11 @@ struct Candidate {
 // All memory of one shape: weight copies in three formats, activations, outputs.
 class Bench {
  public:
-  Bench(const Arguments& args, const DeviceInfo& device)
-      : args_(args), device_(device), card_(card_of(device.name)) {}
+  Bench(const GemmBenchOptions& args, const Print& print) : args_(args), print_(print) {
+    result_.device = device_;
+    result_.bandwidth = card_.bandwidth;
+    result_.fp8_rate = card_.fp8_rate;
+  }
 
   void shape(const Shape& s) {
     const std::size_t tile_bytes = (s.n + 127) / 128 * ((s.k + 127) / 128) * 8320;
@@ -104,7 +71,7 @@ class Bench {
       w.cols = s.k;
       w.layout = WeightLayout::sm90;
       w.row_scales = r.get();
-      w.levels = testing::kNormalLike;
+      w.levels = kLevels;
       const TokensRef x{x8.get(), a.get(), m, s.k};
       const std::size_t need = gemm_workspace_bytes(device_) + cublas_scratch_bytes(s.n, s.k);
       if (workspace_.size() < need) {
@@ -119,6 +86,7 @@ class Bench {
       const int launches = std::clamp(static_cast<int>(2000 / roof_us), 4, 24);
 
       std::vector<Candidate> candidates;
+      const GemmConfig chosen = choose_gemm(device_, WeightLayout::sm90, m, s.n, s.k).config;
       for (const GemmConfig& config : gemm_configs(device_, WeightLayout::sm90, m)) {
         const std::string name = to_string(config);
         const bool listed =
@@ -147,7 +115,7 @@ class Bench {
         if (args_.check && config.route != Route::portable) verify(x, w, tiles.get(), y, s, config, options);
         if (args_.profile && (config.route == Route::decode || config.route == Route::prefill))
           profile(name, s, m, options, launch);
-        candidates.push_back({name, std::make_unique<Chain>(launches, launch), {}, 0});
+        candidates.push_back({name, config == chosen, std::make_unique<Chain>(launches, launch), {}, 0});
       }
       std::unique_ptr<CublasGemm> fp8_gemm, bf16_gemm;
       add_peer(candidates, "cublas fp8", true, fp8_gemm, m, s, fp8.get(), fp8_copies, x8.get(), y.get(),
@@ -157,21 +125,11 @@ class Bench {
                  x16.get(), y.get(), launches);
       for (int round = 0; round < args_.rounds; ++round)
         for (Candidate& c : candidates) c.chain->run(args_.milliseconds, c.samples, c.clock);
-      report(candidates, s, m, roof_us, flops);
+      report(candidates, s, m, roof_us);
     }
   }
 
-  void finish(const std::string& path) const {
-    std::printf("%s\n", table_.c_str());
-    if (path.empty()) return;
-    nlohmann::json top{{"device", device_.name},
-                       {"multiprocessors", device_.multiprocessors},
-                       {"roof_bandwidth", card_.bandwidth},
-                       {"roof_fp8_rate", card_.fp8_rate},
-                       {"programmatic", !args_.serial},
-                       {"results", results_}};
-    std::ofstream(path) << top.dump(1) << '\n';
-  }
+  GemmBenchResult result() { return std::move(result_); }
 
  private:
   static constexpr std::size_t kMostCtas = 512, kProfiled = 6;
@@ -191,9 +149,8 @@ class Bench {
       return std::vector<CtaProfile>(all.begin() + static_cast<std::ptrdiff_t>(i * kMostCtas),
                                      all.begin() + static_cast<std::ptrdiff_t>((i + 1) * kMostCtas));
     };
-    std::printf("  profile %llux%llu M %llu %s:%s\n", static_cast<unsigned long long>(s.n),
-                static_cast<unsigned long long>(s.k), static_cast<unsigned long long>(m), name.c_str(),
-                describe_profile(part(kProfiled - 3), part(kProfiled - 2)).c_str());
+    print_("  profile " + shape_text(s, m) + " " + name + ":" +
+           describe_profile(part(kProfiled - 3), part(kProfiled - 2)));
   }
 
   // The configuration's output against the portable kernel's, on the first copy of the weights.
@@ -215,16 +172,16 @@ class Bench {
     cuda_ok(cudaMemcpy(want.data(), y.get(), want.size() * 2, cudaMemcpyDeviceToHost), "download");
     double error = 0, norm = 0;
     for (std::size_t i = 0; i < few.tokens * s.n; ++i) {
-      const double d = testing::from_bf16(got[i]) - static_cast<double>(testing::from_bf16(want[i]));
+      const double d = libquant::decode_bf16(got[i]) - static_cast<double>(libquant::decode_bf16(want[i]));
       error += d * d;
-      norm += static_cast<double>(testing::from_bf16(want[i])) * testing::from_bf16(want[i]);
+      norm += static_cast<double>(libquant::decode_bf16(want[i])) * libquant::decode_bf16(want[i]);
     }
     error_[to_string(config)] = std::sqrt(error / norm);
     if (!(std::sqrt(error / norm) < 5e-3)) {
-      ++failures_;
-      std::printf("WRONG %s %llux%llu M %llu: %.3e from the portable kernel\n", to_string(config).c_str(),
-                  static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
-                  static_cast<unsigned long long>(x.tokens), std::sqrt(error / norm));
+      ++result_.wrong;
+      char text[96];
+      std::snprintf(text, sizeof(text), ": %.3e from the portable kernel", std::sqrt(error / norm));
+      print_("WRONG " + shape_text(s, x.tokens) + " " + to_string(config) + text);
     }
   }
 
@@ -234,7 +191,7 @@ class Bench {
     gemm = std::make_unique<CublasGemm>(fp8, m, s.n, s.k);
     const std::size_t bytes = s.n * s.k * (fp8 ? 1 : 2);
     double best = 1e30;
-    Candidate chosen{name, nullptr, {}, 0};
+    Candidate chosen{name, false, nullptr, {}, 0};
     for (int algorithm = 0; algorithm < gemm->algorithms(); ++algorithm) {
       try {
         auto chain = std::make_unique<Chain>(launches, [&, algorithm](int i, cudaStream_t stream) {
@@ -248,100 +205,79 @@ class Bench {
           best = t;
           chosen.chain = std::move(chain);
         }
-      } catch (const std::runtime_error&) {
+      } catch (const Error&) {
         cudaGetLastError();  // an algorithm that does not run is not a candidate
       }
     }
     if (chosen.chain) candidates.push_back(std::move(chosen));
   }
 
-  void report(std::vector<Candidate>& candidates, const Shape& s, std::uint64_t m, double roof_us,
-              double flops) {
+  void report(std::vector<Candidate>& candidates, const Shape& s, std::uint64_t m, double roof_us) {
     double fp8 = std::nan("");
     for (const Candidate& c : candidates)
       if (c.name == "cublas fp8") fp8 = summarize(c.samples, 0).microseconds;
+    std::vector<GemmBenchRow> rows;
     for (const Candidate& c : candidates) {
       const Timing t = summarize(c.samples, c.clock);
-      const double error = error_.contains(c.name) ? error_[c.name] : 0.0;
+      GemmBenchRow row;
+      row.n = s.n;
+      row.k = s.k;
+      row.m = m;
+      row.config = c.name;
+      row.chosen = c.chosen;
+      row.microseconds = t.microseconds;
+      row.roof_microseconds = roof_us;
+      row.spread = t.spread;
+      row.speed_over_fp8 = fp8 / t.microseconds;
+      row.difference = error_.contains(c.name) ? error_[c.name] : 0.0;
+      row.clock_mhz = t.clock_mhz;
+      rows.push_back(row);
+    }
+    const auto ours = [](const GemmBenchRow& r) { return !r.config.starts_with("cublas "); };
+    double fastest = 1e30;
+    for (const GemmBenchRow& r : rows)
+      if (ours(r)) fastest = std::min(fastest, r.microseconds);
+    for (const GemmBenchRow& r : rows) {
+      result_.rows.push_back(r);
+      if (args_.best && ours(r) && !r.chosen && r.microseconds > fastest) continue;
       char line[256];
-      std::snprintf(line, sizeof(line),
-                    "%6llux%-6llu %6llu %-16s %9.2f us  roof %7.2f (%.3f, +%.1f)  %6.0f TFLOPS  x%.2f fp8  "
-                    "spread %.3f  %4u MHz  e %.1e\n",
-                    static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
-                    static_cast<unsigned long long>(m), c.name.c_str(), t.microseconds, roof_us,
-                    roof_us / t.microseconds, t.microseconds - roof_us, flops / t.microseconds * 1e-6,
-                    fp8 / t.microseconds, t.spread, t.clock_mhz, error);
-      std::fputs(line, stdout);
-      std::fflush(stdout);
-      char brief[128];
-      std::snprintf(brief, sizeof(brief), "%llux%llu %llu %s: %.2f (%.2f; %.2f)\n",
-                    static_cast<unsigned long long>(s.n), static_cast<unsigned long long>(s.k),
-                    static_cast<unsigned long long>(m), c.name.c_str(), t.microseconds,
-                    roof_us / t.microseconds, fp8 / t.microseconds);
-      table_ += brief;
-      results_.push_back({{"n", s.n},
-                          {"k", s.k},
-                          {"m", m},
-                          {"config", c.name},
-                          {"us", t.microseconds},
-                          {"roof_us", roof_us},
-                          {"roof_fraction", roof_us / t.microseconds},
-                          {"tflops", flops / t.microseconds * 1e-6},
-                          {"speed_over_fp8", fp8 / t.microseconds},
-                          {"spread", t.spread},
-                          {"clock_mhz", t.clock_mhz},
-                          {"difference_to_portable", error}});
+      std::snprintf(
+          line, sizeof(line),
+          "%s %-20s %9.2f us  roof %7.2f (%.3f, +%.1f)  %6.0f TFLOPS  x%.2f fp8  spread %.3f  %4u MHz "
+          " e %.1e%s",
+          shape_text(s, m).c_str(), r.config.c_str(), r.microseconds, roof_us, r.roof_fraction(),
+          r.microseconds - roof_us, r.tflops(), r.speed_over_fp8, r.spread, r.clock_mhz, r.difference,
+          r.chosen ? "  chosen" : "");
+      print_(line);
     }
     error_.clear();
   }
 
- public:
-  int failures() const { return failures_; }
-
  private:
-  const Arguments& args_;
-  const DeviceInfo& device_;
-  Card card_;
+  static std::string shape_text(const Shape& s, std::uint64_t m) {
+    char text[64];
+    std::snprintf(text, sizeof(text), "%6llux%-6llu %6llu", static_cast<unsigned long long>(s.n),
+                  static_cast<unsigned long long>(s.k), static_cast<unsigned long long>(m));
+    return text;
+  }
+
+  const GemmBenchOptions& args_;
+  const Print& print_;
+  DeviceInfo device_ = current_device();
+  Card card_ = card_of(device_.name);
   DeviceBuffer<std::uint8_t> workspace_;
   DeviceBuffer<CtaProfile> profiles_;
   std::size_t next_ = 0;  // weight copy of the next launch
   std::map<std::string, double> error_;
-  nlohmann::json results_ = nlohmann::json::array();
-  std::string table_;
-  int failures_ = 0;
+  GemmBenchResult result_;
 };
 
-int main_checked(int argc, char** argv) {
-  Arguments args;
-  CLI::App app{"GEMM bench: FireQ's kernels, cuBLASLt FP8 and bf16, and the roof"};
-  app.add_option("--shapes", args.shapes, "NxK or a model's set")->delimiter(',');
-  app.add_option("--m", args.tokens, "numbers of tokens")->delimiter(',');
-  app.add_option("--only", args.only, "configurations or routes")->delimiter(',');
-  app.add_option("--json", args.json, "write results here");
-  app.add_option("--ms", args.milliseconds, "milliseconds a round and candidate");
-  app.add_option("--rounds", args.rounds, "interleaved rounds");
-  app.add_flag("--bf16", args.bf16, "cuBLASLt bf16 too");
-  app.add_flag("!--no-check", args.check, "do not compare outputs with the portable kernel");
-  app.add_flag("--serial", args.serial, "no programmatic dependent launch");
-  app.add_flag("--profile", args.profile, "also where a launch's time goes, stage by stage");
-  CLI11_PARSE(app, argc, argv);
-  const DeviceInfo device = current_device();
-  std::printf("%s, %u multiprocessors, %s\n", device.name.c_str(), device.multiprocessors,
-              args.serial ? "plain launches" : "programmatic launches");
-  Bench bench(args, device);
-  for (const Shape& s : parse_shapes(args.shapes)) bench.shape(s);
-  bench.finish(args.json);
-  return bench.failures() == 0 ? 0 : 1;
-}
-
 }  // namespace
-}  // namespace fireq::kernels::bench
 
-int main(int argc, char** argv) {
-  try {
-    return fireq::kernels::bench::main_checked(argc, argv);
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "bench_gemm: %s\n", e.what());
-    return 4;
-  }
+GemmBenchResult run_gemm_bench(const GemmBenchOptions& options, const Print& print) {
+  Bench bench(options, print);
+  for (const Shape& s : options.shapes) bench.shape(s);
+  return bench.result();
 }
+
+}  // namespace fireq::kernels::bench

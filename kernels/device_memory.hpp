@@ -1,19 +1,21 @@
-// Device buffers for tests and benches.
+// Device buffers that free themselves. Only in code that is compiled with CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-namespace fireq::kernels::testing {
+#include "common/error.hpp"
+
+namespace fireq::kernels {
 
 inline void cuda_ok(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw Error(ErrorKind::environment, std::string(what) + ": CUDA error").found(cudaGetErrorString(status));
 }
 
 template <class T>
@@ -50,4 +52,4 @@ class DeviceBuffer {
   std::size_t count_ = 0;
 };
 
-}  // namespace fireq::kernels::testing
+}  // namespace fireq::kernels

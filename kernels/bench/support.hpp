@@ -5,19 +5,21 @@
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "kernels/device_memory.hpp"
 #include "kernels/profile.hpp"
-#include "tests/kernels/device_memory.hpp"
 
 namespace fireq::kernels::bench {
 
-using testing::cuda_ok;
-using testing::DeviceBuffer;
+// Levels without a zero, near to a normal-float set.
+inline constexpr std::array<float, 8> kLevels{0.3386F, 1.0245F, 1.7372F, 2.5007F,
+                                              3.3519F, 4.3583F, 5.6813F, 8.0F};
 
 // Fill device memory from a random block, each copy rotated differently. Weight tiles get scale bytes of
 // usual size.

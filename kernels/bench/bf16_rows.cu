@@ -1,7 +1,7 @@
 // RMSNorm and SiLU * up with bf16 results: what a bf16 layer runs around its products. For the FFN bench
 // only.
+#include "kernels/bench/bf16_rows.hpp"
 #include "kernels/cuda/ptx.cuh"
-#include "tests/kernels/bench_bf16.hpp"
 
 namespace fireq::kernels::bench {
 

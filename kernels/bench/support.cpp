@@ -1,4 +1,4 @@
-#include "tests/kernels/bench_support.hpp"
+#include "kernels/bench/support.hpp"
 
 #include <dlfcn.h>
 
@@ -8,9 +8,8 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
-#include <stdexcept>
 
-#include "tests/kernels/problem.hpp"
+#include "libquant/number_formats.hpp"
 
 namespace fireq::kernels::bench {
 
@@ -18,7 +17,8 @@ namespace {
 
 void cublas_ok(cublasStatus_t status, const char* what) {
   if (status != CUBLAS_STATUS_SUCCESS)
-    throw std::runtime_error(std::string("cuBLASLt ") + what + ": " + cublasLtGetStatusString(status));
+    throw Error(ErrorKind::environment, std::string("cuBLASLt: ") + what)
+        .found(cublasLtGetStatusString(status));
 }
 
 // Copies a host block over device memory again and again, starting `step` elements further each time.
@@ -54,7 +54,7 @@ void fill_fp8_normal(std::uint8_t* data, std::size_t count, std::uint32_t seed) 
     std::vector<std::uint8_t> table(4096);
     std::mt19937 rng(2);
     std::normal_distribution<double> normal;
-    for (auto& t : table) t = testing::e4m3_nearest(110 * normal(rng));
+    for (auto& t : table) t = libquant::encode_e4m3_from_double(110 * normal(rng));
     std::vector<std::uint8_t> b(std::size_t{16} << 20U);
     for (auto& v : b) v = table[rng() % table.size()];
     return b;
@@ -67,7 +67,7 @@ void fill_bf16_normal(std::uint16_t* data, std::size_t count, std::uint32_t seed
     std::vector<std::uint16_t> table(65536);
     std::mt19937 rng(3);
     std::normal_distribution<float> normal;
-    for (auto& t : table) t = testing::to_bf16(normal(rng));
+    for (auto& t : table) t = libquant::encode_bf16(normal(rng));
     std::vector<std::uint16_t> b(std::size_t{8} << 20U);
     for (auto& v : b) v = table[rng() % table.size()];
     return b;
@@ -226,7 +226,7 @@ int CublasGemm::fastest(const void* w, const void* x, void* d) {
         least = t;
         best = algorithm;
       }
-    } catch (const std::runtime_error&) {
+    } catch (const Error&) {
       cudaGetLastError();  // an algorithm that does not run is not a candidate
     }
   }
