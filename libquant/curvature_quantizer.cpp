@@ -246,7 +246,7 @@ class BlockQuantizer {
     kernels().search_errors(magnitude.data(), weight.data(), candidates.data(), n, errors.data());
     std::array<std::uint8_t, kTrials> best{};
     for (std::uint8_t& sigma : best) {
-      const auto least = std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n));
+      auto* const least = std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n));
       if (!std::isfinite(*least)) break;
       sigma = codes[static_cast<std::size_t>(least - errors.begin())];
       *least = std::numeric_limits<float>::infinity();
