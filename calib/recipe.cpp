@@ -152,6 +152,7 @@ const std::vector<Field>& fields() {
         flag("curvature", "compensate", &Recipe::compensate),
         number("curvature", "ridge", &Recipe::target_ridge, 1e-6, 10),
         flag("curvature", "residual", &Recipe::residual),
+        flag("curvature", "token_weights", &Recipe::token_weights),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
         {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
          [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},

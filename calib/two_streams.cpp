@@ -140,7 +140,7 @@ void TwoStreams::run(Layer& work) {
 
   {
     std::optional<Curvature> sums = sums_for(config.hidden);
-    if (sums) norm_inputs(work, work.weights.attn_norm, &*sums);
+    if (sums) norm_inputs(work.weights.attn_norm, *sums);
     finish({kQ, kK, kV}, sums, {}, "attn_in");
   }
   {
@@ -152,7 +152,7 @@ void TwoStreams::run(Layer& work) {
   }
   {
     std::optional<Curvature> sums = sums_for(config.hidden);
-    if (sums) norm_inputs(work, work.weights.mlp_norm, &*sums);
+    if (sums) norm_inputs(work.weights.mlp_norm, *sums);
     finish({kGate, kUp}, sums, {}, "mlp_in");
   }
   {
@@ -165,7 +165,7 @@ void TwoStreams::run(Layer& work) {
 }
 
 // Inputs of q, k, v or of gate, up: both streams' norms.
-void TwoStreams::norm_inputs(Layer& /*work*/, const std::vector<float>& norm, Curvature* sums) {
+void TwoStreams::norm_inputs(const std::vector<float>& norm, Curvature& sums) {
   const std::uint64_t hidden = source_.config().hidden;
   const auto eps = static_cast<float>(source_.config().rms_eps);
   SiteBatch site;
@@ -185,7 +185,9 @@ void TwoStreams::norm_inputs(Layer& /*work*/, const std::vector<float>& norm, Cu
                                  site.quantized.data() + i * site.stride);
       }
     });
-    take(batch, site, hidden, sums, nullptr);
+    quantize_inputs(batch, site, hidden);
+    FloatBuffer lack;
+    add(batch, site, hidden, false, lack, sums, nullptr);
   }
 }
 
@@ -214,8 +216,10 @@ void TwoStreams::attention_inputs(Layer& work, Curvature* sums, std::vector<floa
     };
     attend(original_runner_, work.original, original_, site.original);
     attend(quantized_runner_, work.quantized, quantized_, site.quantized);
-    take(batch, site, channels, sums, residual);
+    FloatBuffer lack = residual == nullptr ? FloatBuffer() : lacking(batch);
     advance_original(work.original.linear[kO], batch, site);
+    quantize_inputs(batch, site, channels);
+    if (sums != nullptr) add(batch, site, channels, recipe_.token_weights, lack, *sums, residual);
   }
 }
 
@@ -260,16 +264,15 @@ void TwoStreams::down_inputs(Layer& work, Curvature* sums, std::vector<float>* r
     };
     activate(work.original, original_, false, site.original);
     activate(work.quantized, quantized_, true, site.quantized);
-    take(batch, site, channels, sums, residual);
+    FloatBuffer lack = residual == nullptr ? FloatBuffer() : lacking(batch);
     advance_original(work.original.linear[kDown], batch, site);
+    quantize_inputs(batch, site, channels);
+    if (sums != nullptr) add(batch, site, channels, recipe_.token_weights, lack, *sums, residual);
   }
 }
 
-// Rounds the quantised side to FP8 (kept for advance_quantized where inputs_ has room) and adds the batch to
-// the sums.
-void TwoStreams::take(const Batch& batch, SiteBatch& site, std::uint64_t channels, Curvature* sums,
-                      std::vector<float>* residual) {
-  const std::uint64_t hidden = source_.config().hidden;
+// Rounds the quantised side to FP8; the codes are kept for advance_quantized where inputs_ has room.
+void TwoStreams::quantize_inputs(const Batch& batch, SiteBatch& site, std::uint64_t channels) {
   const std::uint64_t rows = batch.sequences * batch.length;
   const std::uint64_t first = batch.first_sequence * batch.length;
   for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
@@ -285,14 +288,46 @@ void TwoStreams::take(const Batch& batch, SiteBatch& site, std::uint64_t channel
       for (float& v : x) v *= a;
     }
   });
+}
+
+// h_f - h_q, before the linear at work.
+FloatBuffer TwoStreams::lacking(const Batch& batch) const {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::size_t begin = batch.first_sequence * batch.length * hidden;
+  FloatBuffer lack(batch.sequences * batch.length * hidden);
+  for (std::size_t i = 0; i < lack.size(); ++i) lack[i] = original_[begin + i] - quantized_[begin + i];
+  return lack;
+}
+
+// Adds a batch to the sums. weigh: a token counts by 1 / mean h_f^2 behind the linear. Whatever reads the
+// residual stream divides it by its root mean square first, so an error of one size costs a token of large
+// hidden states less; without this, a few tokens with massive activations own the sums.
+void TwoStreams::add(const Batch& batch, SiteBatch& site, std::uint64_t channels, bool weigh,
+                     FloatBuffer& lack, Curvature& sums, std::vector<float>* residual) const {
+  const std::uint64_t hidden = source_.config().hidden;
+  const std::uint64_t rows = batch.sequences * batch.length;
+  const std::uint64_t first = batch.first_sequence * batch.length;
+  if (weigh) {
+    for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+      for (std::uint64_t i = begin; i < end; ++i) {
+        double square = 0;
+        for (const float h : std::span(original_).subspan((first + i) * hidden, hidden)) {
+          square += static_cast<double>(h) * static_cast<double>(h);
+        }
+        const auto factor = static_cast<float>(
+            1 / std::sqrt(square / static_cast<double>(hidden) + source_.config().rms_eps));
+        for (float& x : std::span(site.quantized).subspan(i * site.stride, channels)) x *= factor;
+        for (float& x : std::span(site.original).subspan(i * site.stride, channels)) x *= factor;
+        if (lack.empty()) continue;
+        for (float& x : std::span(lack).subspan(i * hidden, hidden)) x *= factor;
+      }
+    });
+  }
   if (residual != nullptr) {
-    FloatBuffer lack(rows * hidden);
-    const std::size_t begin = first * hidden;
-    for (std::size_t i = 0; i < lack.size(); ++i) lack[i] = original_[begin + i] - quantized_[begin + i];
     libquant::add_outer_products(lack.data(), hidden, hidden, site.quantized.data(), site.stride, channels,
                                  rows, false, *residual, threads_);
   }
-  if (sums != nullptr) sums->add(site.quantized.data(), site.original.data(), site.stride, rows, threads_);
+  sums.add(site.quantized.data(), site.original.data(), site.stride, rows, threads_);
 }
 
 void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> which, Curvature& sums,

@@ -58,11 +58,13 @@ class TwoStreams {
   };
 
   void run(Layer& work);
-  void norm_inputs(Layer& work, const std::vector<float>& norm, libquant::Curvature* sums);
+  void norm_inputs(const std::vector<float>& norm, libquant::Curvature& sums);
   void attention_inputs(Layer& work, libquant::Curvature* sums, std::vector<float>* residual);
   void down_inputs(Layer& work, libquant::Curvature* sums, std::vector<float>* residual);
-  void take(const Batch& batch, SiteBatch& site, std::uint64_t channels, libquant::Curvature* sums,
-            std::vector<float>* residual);
+  void quantize_inputs(const Batch& batch, SiteBatch& site, std::uint64_t channels);
+  FloatBuffer lacking(const Batch& batch) const;
+  void add(const Batch& batch, SiteBatch& site, std::uint64_t channels, bool weigh, FloatBuffer& lack,
+           libquant::Curvature& sums, std::vector<float>* residual) const;
   void quantize_linears(Layer& work, std::span<const LinearIndex> which, libquant::Curvature& sums,
                         std::span<const float> residual, const char* site);
   void advance_original(const LinearPanels& linear, const Batch& batch, const SiteBatch& site);

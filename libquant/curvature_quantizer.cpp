@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,9 @@ constexpr std::uint8_t kTopScale = 0x7e;     // 448
 constexpr std::uint8_t kTopRowScale = 0x66;  // 56: no product saturates
 // Rows that share products with H. A fixed cut: it decides the order of sums.
 constexpr std::uint64_t kRowBlock = 64;
+
+// Scales of a group that are tried in full at its start.
+constexpr std::size_t kTrials = 3;
 
 using GroupValues = std::array<float, kGroupSize>;
 
@@ -114,6 +118,16 @@ class BlockQuantizer {
   struct Columns {
     std::uint64_t begin, size;
   };
+  struct Trial {  // a group of a row, rounded in one way
+    std::uint8_t sigma = 0;
+    double error = 0;
+    std::array<std::uint8_t, kGroupSize> code{};
+  };
+  struct Candidate {  // what it could become
+    double change = 0;
+    std::uint8_t sigma = 0;  // 0: stay
+    std::array<std::uint8_t, kGroupSize> code{};
+  };
   Columns columns(std::uint64_t group) const {
     const std::uint64_t begin = group * kGroupSize;
     return {begin, std::min(kGroupSize, k_ - begin)};
@@ -175,23 +189,48 @@ class BlockQuantizer {
       largest = std::max(largest, magnitude[j]);
       add_scaled(-step, u + j + 1, term.data() + j + 1, c.size - j - 1);
     }
-    const std::uint8_t sigma = largest == 0 ? std::uint8_t{1} : search(i, magnitude, weight, largest);
-    sigma_[i * groups_ + g] = sigma;
-
-    const GroupTable& table = tables_[i].get(sigma);
-    std::copy_n(before, c.size, term.begin());
+    Trial best;
+    if (largest == 0) {
+      best.sigma = 1;
+      round_with(i, c, before, best);
+    } else {
+      for (const std::uint8_t sigma : search(i, magnitude, weight, largest)) {
+        if (sigma == 0) break;
+        Trial trial;
+        trial.sigma = sigma;
+        round_with(i, c, before, trial);
+        if (best.sigma == 0 || trial.error < best.error) best = trial;
+      }
+    }
+    sigma_[i * groups_ + g] = best.sigma;
+    const GroupTable& table = tables_[i].get(best.sigma);
     for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float* u = upper(c.begin + j) + c.begin;
-      const std::uint8_t code = nearest_code(table, w[j] + term[j] / u[j]);
-      code_[i * k_ + c.begin + j] = code;
-      value_[i * k_ + c.begin + j] = value_of(table, code);
-      error[j] = w[j] - value_of(table, code);
-      add_scaled(error[j], u + j + 1, term.data() + j + 1, c.size - j - 1);
+      code_[i * k_ + c.begin + j] = best.code[j];
+      value_[i * k_ + c.begin + j] = value_of(table, best.code[j]);
+      error[j] = w[j] - value_of(table, best.code[j]);
     }
   }
 
-  std::uint8_t search(std::uint64_t i, const GroupValues& magnitude, const GroupValues& weight,
-                      float largest) {
+  // Rounds one group with trial.sigma, column by column; the error is the sum of its terms' squares.
+  void round_with(std::uint64_t i, const Columns& c, const float* before, Trial& trial) {
+    const float* w = w_ + i * k_ + c.begin;
+    const GroupTable& table = tables_[i].get(trial.sigma);
+    GroupValues term{};
+    std::copy_n(before, c.size, term.begin());
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float* u = upper(c.begin + j) + c.begin;
+      trial.code[j] = nearest_code(table, w[j] + term[j] / u[j]);
+      const float error = w[j] - value_of(table, trial.code[j]);
+      const auto left = static_cast<double>(term[j] + error * u[j]);
+      trial.error += left * left;
+      add_scaled(error, u + j + 1, term.data() + j + 1, c.size - j - 1);
+    }
+  }
+
+  // The scales that promise least, best first, 0 after the last: the weighted squared errors of rounding each
+  // weight by itself leave out what rounding one does to the next.
+  std::array<std::uint8_t, kTrials> search(std::uint64_t i, const GroupValues& magnitude,
+                                           const GroupValues& weight, float largest) {
     const double unit = static_cast<double>(row_scale(i)) * static_cast<double>(out_.levels.magnitude[7]);
     const std::uint8_t base = group_scale_code(static_cast<double>(largest), unit, 1.0 / unit, top_);
     std::array<const GroupTable*, 256> candidates{};
@@ -205,8 +244,15 @@ class BlockQuantizer {
       candidates[n++] = &tables_[i].get(static_cast<std::uint8_t>(code));
     }
     kernels().search_errors(magnitude.data(), weight.data(), candidates.data(), n, errors.data());
-    return codes[static_cast<std::size_t>(
-        std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n)) - errors.begin())];
+    std::array<std::uint8_t, kTrials> best{};
+    for (std::uint8_t& sigma : best) {
+      auto* const least = std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n));
+      if (!std::isfinite(*least)) break;
+      sigma = codes[static_cast<std::size_t>(least - errors.begin())];
+      *least = std::numeric_limits<float>::infinity();
+    }
+    if (best[0] == 0) best[0] = base;
+    return best;
   }
 
   // --- 2. Coordinate descent. gradient_ = (w - v) H throughout.
@@ -229,8 +275,13 @@ class BlockQuantizer {
     for (std::uint64_t i = 0; i < count_; ++i) {
       std::copy_n(gradient_.data() + i * k_ + c.begin, c.size, local_.data() + i * kGroupSize);
     }
-    improve_scales(g);
-    for (std::uint64_t i = 0; i < count_; ++i) improve_codes(g, i);
+    best_.assign(count_, {});
+    try_scale(g, 0);
+    for (int step = 1; step <= options_.scale_step; ++step) {
+      try_scale(g, -step);
+      try_scale(g, step);
+    }
+    for (std::uint64_t i = 0; i < count_; ++i) take_best(g, i);
     for (std::uint64_t i = 0; i < count_; ++i) {
       for (std::uint64_t j = 0; j < c.size; ++j) {
         error_[i * k_ + c.begin + j] = w_[i * k_ + c.begin + j] - value_[i * k_ + c.begin + j];
@@ -240,41 +291,64 @@ class BlockQuantizer {
                {curvature_.matrix.data() + c.begin * k_, k_}, 1.0F, {gradient_.data(), k_});
   }
 
-  // Other scales for the codes as they are: the error changes by -2 d g + d H d^T, d the change of values.
-  void improve_scales(std::uint64_t g) {
+  // The group's scale moved by `offset`, then each code in turn: the error changes by -2 d g + d H d^T, d the
+  // change of values.
+  void try_scale(std::uint64_t g, int offset) {
     const Columns c = columns(g);
-    best_.assign(count_, 0.0);
-    best_sigma_.assign(count_, 0);
     step_.resize(count_ * kGroupSize);
-    product_.resize(count_ * kGroupSize);
-    best_step_.resize(count_ * kGroupSize);
-    best_product_.resize(count_ * kGroupSize);
-    for (int offset = -options_.scale_step; offset <= options_.scale_step; ++offset) {
-      if (offset == 0) continue;
-      for (std::uint64_t i = 0; i < count_; ++i) scale_change(g, i, offset);
+    product_.assign(count_ * kGroupSize, 0.0F);
+    for (std::uint64_t i = 0; i < count_; ++i) scale_change(g, i, offset);
+    if (offset != 0) {
       blas::gemm(Op::none, Op::none, count_, c.size, c.size, 1.0F, {step_.data(), kGroupSize},
                  {curvature_.matrix.data() + c.begin * k_ + c.begin, k_}, 0.0F,
                  {product_.data(), kGroupSize});
-      for (std::uint64_t i = 0; i < count_; ++i) {
-        const float* step = step_.data() + i * kGroupSize;
-        const double change = dot(step, product_.data() + i * kGroupSize, c.size) -
-                              2 * dot(step, local_.data() + i * kGroupSize, c.size);
-        if (!(change < best_[i])) continue;
-        best_[i] = change;
-        best_sigma_[i] = static_cast<std::uint8_t>(static_cast<int>(sigma_[i * groups_ + g]) + offset);
-        std::copy_n(step, c.size, best_step_.data() + i * kGroupSize);
-        std::copy_n(product_.data() + i * kGroupSize, c.size, best_product_.data() + i * kGroupSize);
-      }
     }
     for (std::uint64_t i = 0; i < count_; ++i) {
-      if (best_sigma_[i] == 0) continue;
-      sigma_[i * groups_ + g] = best_sigma_[i];
-      const GroupTable& table = tables_[i].get(best_sigma_[i]);
-      for (std::uint64_t j = 0; j < c.size; ++j) {
-        value_[i * k_ + c.begin + j] = value_of(table, code_[i * k_ + c.begin + j]);
-        change_[i * kGroupSize + j] += best_step_[i * kGroupSize + j];
-        local_[i * kGroupSize + j] -= best_product_[i * kGroupSize + j];
-      }
+      const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
+      if (sigma < 1 || sigma > static_cast<int>(top_)) continue;
+      Candidate candidate;
+      candidate.sigma = static_cast<std::uint8_t>(sigma);
+      const float* step = step_.data() + i * kGroupSize;
+      const float* product = product_.data() + i * kGroupSize;
+      const float* local = local_.data() + i * kGroupSize;
+      candidate.change = dot(step, product, c.size) - 2 * dot(step, local, c.size);
+      GroupValues gradient{};
+      for (std::uint64_t j = 0; j < c.size; ++j) gradient[j] = local[j] - product[j];
+      descend_codes(g, i, gradient, candidate);
+      if (candidate.change < best_[i].change) best_[i] = candidate;
+    }
+  }
+
+  // One sweep over the codes of a group, under the candidate's scale. gradient is that of its start.
+  void descend_codes(std::uint64_t g, std::uint64_t i, GroupValues& gradient, Candidate& candidate) {
+    const Columns c = columns(g);
+    const GroupTable& table = tables_[i].get(candidate.sigma);
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const float* h = curvature_.matrix.data() + (c.begin + j) * k_ + c.begin;
+      candidate.code[j] = code_[i * k_ + c.begin + j];
+      const float value = value_of(table, candidate.code[j]);
+      const std::uint8_t code = nearest_code(table, value + gradient[j] / h[j]);
+      const float step = value_of(table, code) - value;
+      if (step == 0.0F) continue;
+      candidate.code[j] = code;
+      candidate.change += static_cast<double>(step) * (static_cast<double>(step) * static_cast<double>(h[j]) -
+                                                       2 * static_cast<double>(gradient[j]));
+      add_scaled(-step, h, gradient.data(), c.size);
+    }
+  }
+
+  void take_best(std::uint64_t g, std::uint64_t i) {
+    const Candidate& best = best_[i];
+    if (best.sigma == 0) return;
+    const Columns c = columns(g);
+    sigma_[i * groups_ + g] = best.sigma;
+    const GroupTable& table = tables_[i].get(best.sigma);
+    for (std::uint64_t j = 0; j < c.size; ++j) {
+      const std::uint64_t at = i * k_ + c.begin + j;
+      const float value = value_of(table, best.code[j]);
+      change_[i * kGroupSize + j] = value - value_[at];
+      code_[at] = best.code[j];
+      value_[at] = value;
     }
   }
 
@@ -291,24 +365,6 @@ class BlockQuantizer {
     const std::uint64_t first = i * k_ + c.begin;
     for (std::uint64_t j = 0; j < c.size; ++j)
       step[j] = value_of(table, code_[first + j]) - value_[first + j];
-  }
-
-  void improve_codes(std::uint64_t g, std::uint64_t i) {
-    const Columns c = columns(g);
-    const GroupTable& table = tables_[i].get(sigma_[i * groups_ + g]);
-    float* local = local_.data() + i * kGroupSize;
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float* h = curvature_.matrix.data() + (c.begin + j) * k_ + c.begin;
-      float& value = value_[i * k_ + c.begin + j];
-      const float wanted = value + local[j] / h[j];
-      const std::uint8_t code = nearest_code(table, wanted);
-      const float change = value_of(table, code) - value;
-      if (change == 0.0F) continue;
-      code_[i * k_ + c.begin + j] = code;
-      value = value_of(table, code);
-      change_[i * kGroupSize + j] += change;
-      add_scaled(-change, h, local, c.size);
-    }
   }
 
   // The multiple of v that is nearest to w under H; (v H) = (w H) - gradient.
@@ -375,9 +431,8 @@ class BlockQuantizer {
   std::vector<int> offsets_;
   std::vector<float> gradient_, toward_;  // [count, K] (w - v) H and w H
   // [count, 128], of the group at work.
-  std::vector<float> before_, change_, local_, step_, product_, best_step_, best_product_;
-  std::vector<double> best_;
-  std::vector<std::uint8_t> best_sigma_;
+  std::vector<float> before_, change_, local_, step_, product_;
+  std::vector<Candidate> best_;
 };
 
 }  // namespace

@@ -6,10 +6,10 @@
 //    j knows only columns up to j. So each weight is rounded to the operand nearest to what would cancel its
 //    term. (The same numbers as GPTQ's, which carries errors forward through a factor of H^-1; looking back
 //    through H's own factor needs no inverse.) At the start of a group of 128 its scale is searched, with the
-//    squared errors weighted by U_jj^2.
-// 2. Passes of coordinate descent on the exact quadratic: group scales with the codes kept, codes, and the
-// row
-//    scale by least squares. Each step keeps the error or lowers it.
+//    squared errors weighted by U_jj^2; the three best are then tried in full.
+// 2. Passes of coordinate descent on the exact quadratic: for each group the scale and with it the codes,
+// then
+//    the row scale by least squares. Each step keeps the error or lowers it.
 #pragma once
 
 #include <cstdint>
