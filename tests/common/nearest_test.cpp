@@ -24,7 +24,8 @@ TEST(NearestName, FindsWhatWasMeant) {
 }
 
 TEST(NearestName, ComparesTheLastPartToo) {
-  const std::vector<std::string> keys{"keys.top_k", "smoothing.lambda2_c", "smoothing.lambda2", "weights.levels"};
+  const std::vector<std::string> keys{"keys.top_k", "smoothing.lambda2_c", "smoothing.lambda2",
+                                      "weights.levels"};
   EXPECT_EQ(nearest_name("lambda2_k", keys), "smoothing.lambda2_c");
   EXPECT_EQ(nearest_name("smoothing.lambda2", keys), "smoothing.lambda2");
   EXPECT_EQ(nearest_name("weight.level", keys), "weights.levels");
