@@ -29,7 +29,7 @@ GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::u
     std::uint32_t token_tile;
     double group, split;
   };
-  constexpr std::array<Cost, 2> kCosts{{{128, 0.37, 8.0}, {256, 0.57, 10.0}}};
+  constexpr std::array<Cost, 2> kCosts{{{128, 0.40, 11.0}, {256, 0.57, 20.0}}};
   const std::uint64_t clusters = std::max<std::uint64_t>(1, device.multiprocessors / 2);
   const std::uint64_t groups = (cols + 127) / 128;
   GemmChoice best;

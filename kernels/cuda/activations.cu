@@ -394,9 +394,9 @@ void launch_rows(const ActivationParams& p, std::uint64_t tokens, const Activati
     launch(kernel, {static_cast<std::uint32_t>(tokens), threads, 0, 1, options.programmatic, options.stream},
            what, p);
   };
-  if (vectors <= 128)
+  if (vectors <= 256)
     go(row_kernel<kKind, 1>, 1);
-  else if (kKind == Kind::norm || vectors <= 2048)
+  else if (kKind == Kind::norm || vectors <= 1024)
     go(row_kernel<kKind, 2>, 2);
   else
     go(row_kernel < kKind, kKind == Kind::norm ? 2 : 4 >, 4);

@@ -70,7 +70,7 @@ struct PrefillTraits {
   static constexpr std::uint32_t kStagingOffset = kTokenOffset + kStages * kTokenBytes;
   static constexpr std::uint32_t kWeightOffset = kStagingOffset + 2 * kStagingBytes;
   static constexpr std::uint32_t kBarrierOffset = kWeightOffset + kStages * kTileBytes;
-  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * kStages;
+  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages;
   static_assert(kSharedBytes <= kPrefillSharedLimit);
 };
 
@@ -89,6 +89,10 @@ struct PrefillShared {
   }
   __device__ __forceinline__ std::uint32_t empty(std::uint32_t stage) const {
     return full(stage) + 8 * Traits::kStages;
+  }
+  // Weights are this CTA's alone and free as soon as they are in registers.
+  __device__ __forceinline__ std::uint32_t weight_empty(std::uint32_t stage) const {
+    return full(stage) + 16 * Traits::kStages;
   }
 };
 
@@ -139,6 +143,7 @@ class PrefillProducer {
       const std::uint8_t* source = tile_of(place);
       const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank * kShare;
       for (std::uint32_t g = segment.begin; g < segment.end; ++g) {
+        if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
         ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
         if (ptx::elect_one()) {
           if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
@@ -269,6 +274,8 @@ class PrefillConsumer {
       watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
+      __syncwarp();
+      ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), lane_ == 0);
       const std::uint64_t descriptor =
           wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
 #pragma unroll
@@ -526,6 +533,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
       for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
         ptx::mbarrier_init(shared.full(i), 1);
         ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
+        ptx::mbarrier_init(shared.weight_empty(i), 8);
       }
       ptx::mbarrier_init_fence();
     }
