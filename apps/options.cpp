@@ -110,13 +110,13 @@ TokenizedText tokenize(const TextArguments& arguments, const std::string& folder
   result.ids = tokenizer->encode(text, false);
   result.bos_id = tokenizer->bos_id;
   result.default_bos = tokenizer->default_bos;
-  for (std::size_t i = 0; i < result.ids.size(); ++i) {
-    if (std::cmp_less(result.ids[i], 0) || std::cmp_greater_equal(result.ids[i], config.vocab)) {
+  for (const auto id : result.ids) {
+    if (std::cmp_less(id, 0) || std::cmp_greater_equal(id, config.vocab)) {
       throw Error(ErrorKind::input,
                   "tokenizer and model do not belong together: token id is outside the embedding")
           .path(folder)
           .expected("below " + std::to_string(config.vocab))
-          .found(std::to_string(result.ids[i]));
+          .found(std::to_string(id));
     }
   }
   return result;

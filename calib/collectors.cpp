@@ -39,7 +39,7 @@ void add_channels(const float* values, std::uint64_t rows, std::uint64_t stride,
   for (std::uint64_t row = 0; row < rows; ++row) {
     const float* x = values + row * stride;
     for (std::uint64_t c = 0; c < n; ++c) {
-      const double v = static_cast<double>(x[c]);
+      const auto v = static_cast<double>(x[c]);
       const double square = v * v;
       absmax[c] = std::max(absmax[c], std::fabs(x[c]));
       abssum[c] += std::fabs(v);
@@ -112,8 +112,8 @@ void StatisticsCollector::add_pair_radius(std::span<const float> keys, std::uint
     for (std::uint64_t row = 0; row < rows; ++row) {
       const float* k = keys.data() + row * channels + head * head_dim_;
       for (std::uint64_t i = 0; i < half; ++i) {
-        const double a = static_cast<double>(k[i]);
-        const double b = static_cast<double>(k[i + half]);
+        const auto a = static_cast<double>(k[i]);
+        const auto b = static_cast<double>(k[i + half]);
         radius[i] = std::max(radius[i], static_cast<float>(std::sqrt(a * a + b * b)));
       }
     }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <exception>
 #include <functional>
+#include <utility>
 
 #include "calib/attention.hpp"
 #include "calib/simd.hpp"
@@ -176,7 +177,7 @@ void apply_linear(const LinearPanels& linear, const float* x, std::size_t ldx, s
 }
 
 struct LayerRunner::Impl {
-  Impl(const formats::ModelConfig& c, const Precision& p, int t) : config(c), precision(p), threads(t) {}
+  Impl(formats::ModelConfig c, const Precision& p, int t) : config(std::move(c)), precision(p), threads(t) {}
 
   const formats::ModelConfig config;
   const Precision precision;
@@ -205,7 +206,7 @@ struct LayerRunner::Impl {
     std::uint64_t rows;
   };
 
-  void check(const Call& call, Site site, std::uint64_t row, const float* values, std::uint64_t n) const {
+  static void check(const Call& call, Site site, std::uint64_t row, const float* values, std::uint64_t n) {
     if (simd::kernels().all_finite(values, n)) return;
     throw_not_finite(values, n,
                      "layer " + std::to_string(call.layer) + ", " + std::string(formats::site_name(site)) +

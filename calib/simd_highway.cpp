@@ -25,8 +25,7 @@
 #include "calib/simd.hpp"
 
 HWY_BEFORE_NAMESPACE();
-namespace fireq::calib::simd {
-namespace HWY_NAMESPACE {
+namespace fireq::calib::simd::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
 using D = hn::CappedTag<float, 16>;
@@ -273,7 +272,7 @@ void log_sum_exp(LogSumExp& state, const float* logits, std::size_t n) {
     s0 = hn::Add(s0, hn::Exp(d, hn::Sub(hn::LoadU(d, logits + j), top)));
     s1 = hn::Add(s1, hn::Exp(d, hn::Sub(hn::LoadU(d, logits + j + kLanes), top)));
   }
-  double sum = static_cast<double>(sum_lanes(hn::Add(s0, s1)));
+  auto sum = static_cast<double>(sum_lanes(hn::Add(s0, s1)));
   for (; j < n; ++j) sum += std::exp(static_cast<double>(logits[j]) - state.max);
   state.sum += sum;
 }
@@ -296,8 +295,8 @@ void divergence(Divergence& state, const float* reference, const float* model, s
     weighted = hn::MulAdd(e0, hn::Sub(r0, hn::LoadU(d, model + j)), weighted);
     weighted = hn::MulAdd(e1, hn::Sub(r1, hn::LoadU(d, model + j + kLanes)), weighted);
   }
-  double sum = static_cast<double>(sum_lanes(hn::Add(s0, s1)));
-  double rest = static_cast<double>(sum_lanes(weighted));
+  auto sum = static_cast<double>(sum_lanes(hn::Add(s0, s1)));
+  auto rest = static_cast<double>(sum_lanes(weighted));
   for (; j < n; ++j) {
     const double e = std::exp(static_cast<double>(reference[j]) - state.reference.max);
     sum += e;
@@ -321,8 +320,7 @@ Kernels table() {
           divergence};
 }
 
-}  // namespace HWY_NAMESPACE
-}  // namespace fireq::calib::simd
+}  // namespace fireq::calib::simd::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE

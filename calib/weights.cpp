@@ -19,7 +19,7 @@ constexpr std::uint64_t kChunk = 4096;  // elements per step; tensors may start 
 std::string element_name(const TensorView& view, std::uint64_t index) {
   std::string text = "]";
   for (std::size_t d = view.shape.size(); d-- > 0;) {
-    text = (d == 0 ? "[" : ", ") + std::to_string(index % view.shape[d]) + text;
+    text.insert(0, (d == 0 ? "[" : ", ") + std::to_string(index % view.shape[d]));
     index /= view.shape[d];
   }
   return view.shape.empty() ? "[]" : text;

@@ -70,7 +70,7 @@ Listing list_folder(const std::string& folder) {
   std::map<std::string, std::string> spelling;
   for (const std::string& name : list_names(folder)) {  // sorted: the same error on any disk
     if (is_unfinished_download(name)) {
-      throw input_error("an unfinished download", folder + "/" + name)
+      throw input_error("an unfinished download", std::string(folder).append("/").append(name))
           .hint("finish the download, or delete this file if the model is complete without it");
     }
     if (name == kIndexFile) listing.index = true;

@@ -1,10 +1,12 @@
 // Staging and assembly. A tensor's bytes go: memory or source mapping -> units/UNIT.safetensors -> shard; or,
 // when nothing changes in them, source mapping -> shard.
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <string_view>
 #include <utility>
 
 #include "common/checked.hpp"
@@ -50,10 +52,10 @@ bool is_copied(const std::string& name) {
        {"special_tokens_map.json", "added_tokens.json", "generation_config.json", "merges.txt"}) {
     if (lower == exact) return true;
   }
-  for (const char* const prefix : {"tokenizer", "vocab", "chat_template", "license", "licence", "notice"}) {
-    if (lower.starts_with(prefix)) return true;
-  }
-  return false;
+  constexpr std::array<std::string_view, 6> kPrefixes{"tokenizer", "vocab",   "chat_template",
+                                                      "license",   "licence", "notice"};
+  return std::any_of(kPrefixes.begin(), kPrefixes.end(),
+                     [&](std::string_view prefix) { return lower.starts_with(prefix); });
 }
 
 std::string shard_name(std::size_t index, std::size_t count) {
@@ -96,8 +98,8 @@ struct FireqWriter::Impl {
   }
 
   std::vector<Piece> collect(const std::vector<std::string>& units);
-  std::vector<std::vector<const Piece*>> cut(const std::vector<Piece>& pieces,
-                                             std::uint64_t shard_size) const;
+  static std::vector<std::vector<const Piece*>> cut(const std::vector<Piece>& pieces,
+                                                    std::uint64_t shard_size);
   void write_shard(const std::string& name, const std::vector<const Piece*>& pieces);
   void copy_source_files();
   void write_file(const std::string& name, std::string_view text);
@@ -155,8 +157,8 @@ void FireqWriter::stage(const std::string& unit, std::span<const Tensor> tensors
   }
   Hasher hasher;
   const std::string path = impl_->folder.unit_path(unit);
-  SafetensorsWriter writer(std::make_unique<HashingFile>(impl_->fs.create(path), hasher), path,
-                           std::move(plan), {{kFromSource, kept.dump()}});
+  SafetensorsWriter writer(std::make_unique<HashingFile>(impl_->fs.create(path), hasher), path, plan,
+                           {{kFromSource, kept.dump()}});
   for (const Tensor* const tensor : sorted) {
     if (tensor->from_source) continue;
     const std::span<const std::byte> bytes =
@@ -206,7 +208,7 @@ std::vector<Piece> FireqWriter::Impl::collect(const std::vector<std::string>& un
 }
 
 std::vector<std::vector<const Piece*>> FireqWriter::Impl::cut(const std::vector<Piece>& pieces,
-                                                              std::uint64_t shard_size) const {
+                                                              std::uint64_t shard_size) {
   std::vector<std::vector<const Piece*>> shards(1);
   std::uint64_t filled = 0;
   for (const Piece& piece : pieces) {
@@ -229,8 +231,9 @@ std::vector<std::vector<const Piece*>> FireqWriter::Impl::cut(const std::vector<
 
 void FireqWriter::Impl::write_shard(const std::string& name, const std::vector<const Piece*>& pieces) {
   std::vector<TensorPlan> plan;
+  plan.reserve(pieces.size());
   for (const Piece* const piece : pieces) plan.push_back(piece->plan);
-  SafetensorsWriter writer(fs, folder.files() + "/" + name, std::move(plan), {{"format", "pt"}});
+  SafetensorsWriter writer(fs, folder.files() + "/" + name, plan, {{"format", "pt"}});
   for (const Piece* const piece : pieces) {
     if (piece->staged == nullptr) {
       writer.append(source_tensor(piece->plan).data);

@@ -70,11 +70,11 @@ std::string make_safetensors_head(std::span<const TensorPlan> plan,
 
 class SafetensorsWriter {
  public:
-  SafetensorsWriter(FileSystem& fs, const std::string& path, std::vector<TensorPlan> plan,
+  SafetensorsWriter(FileSystem& fs, const std::string& path, const std::vector<TensorPlan>& plan,
                     const std::map<std::string, std::string>& metadata);
   // The same into a file that is open already; `path` is for messages.
-  SafetensorsWriter(std::unique_ptr<OutputFile> file, const std::string& path, std::vector<TensorPlan> plan,
-                    const std::map<std::string, std::string>& metadata);
+  SafetensorsWriter(std::unique_ptr<OutputFile> file, const std::string& path,
+                    const std::vector<TensorPlan>& plan, const std::map<std::string, std::string>& metadata);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;

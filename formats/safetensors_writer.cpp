@@ -45,9 +45,9 @@ std::string make_safetensors_head(std::span<const TensorPlan> plan,
       throw Error(ErrorKind::internal, "a tensor is to be written twice").tensor(tensor.name);
     }
     const std::uint64_t end = checked_add(begin, tensor.bytes(), tensor.name);
-    head.append(comma).append(quoted(tensor.name)).append(":{\"dtype\":\"");
+    head.append(comma).append(quoted(tensor.name)).append(R"(:{"dtype":")");
     head += dtype_name(tensor.dtype);
-    head += "\",\"shape\":[";
+    head += R"(","shape":[)";
     for (std::size_t i = 0; i < tensor.shape.size(); ++i) {
       head.append(i == 0 ? "" : ",").append(std::to_string(tensor.shape[i]));
     }
@@ -68,9 +68,9 @@ std::string make_safetensors_head(std::span<const TensorPlan> plan,
 }
 
 struct SafetensorsWriter::Impl {
-  Impl(const std::string& path_in, const std::vector<TensorPlan>& plan,
+  Impl(std::string path_in, const std::vector<TensorPlan>& plan,
        const std::map<std::string, std::string>& metadata)
-      : path(path_in), head(make_safetensors_head(plan, metadata)) {
+      : path(std::move(path_in)), head(make_safetensors_head(plan, metadata)) {
     for (const TensorPlan& tensor : plan) expected += tensor.bytes();
   }
   void open(std::unique_ptr<OutputFile> opened) {
@@ -86,13 +86,14 @@ struct SafetensorsWriter::Impl {
 };
 
 // The plan is checked before the file is created.
-SafetensorsWriter::SafetensorsWriter(FileSystem& fs, const std::string& path, std::vector<TensorPlan> plan,
+SafetensorsWriter::SafetensorsWriter(FileSystem& fs, const std::string& path,
+                                     const std::vector<TensorPlan>& plan,
                                      const std::map<std::string, std::string>& metadata)
     : impl_(std::make_unique<Impl>(path, plan, metadata)) {
   impl_->open(fs.create(path));
 }
 SafetensorsWriter::SafetensorsWriter(std::unique_ptr<OutputFile> file, const std::string& path,
-                                     std::vector<TensorPlan> plan,
+                                     const std::vector<TensorPlan>& plan,
                                      const std::map<std::string, std::string>& metadata)
     : impl_(std::make_unique<Impl>(path, plan, metadata)) {
   impl_->open(std::move(file));

@@ -92,7 +92,7 @@ void BpeModel::read_merges(const JsonFields& fields) {
       throw Error(ErrorKind::input,
                   "key '" + fields.where() + "merges[" + std::to_string(i) + "]' " + problem)
           .path(fields.path())
-          .expected("\"left right\" or [\"left\", \"right\"] of tokens in the vocabulary")
+          .expected(R"("left right" or ["left", "right"] of tokens in the vocabulary)")
           .found(json_excerpt(item));
     };
     std::string_view left, right;

@@ -56,13 +56,14 @@ void apply(Behavior behavior, std::vector<MatchSpan>& spans) {
       }
       break;
     case Behavior::merged_with_next:
-      for (auto span = spans.rbegin(); span != spans.rend(); ++span) {
-        if (span->matched && !previous && !out.empty()) {
-          out.back().begin = span->begin;
+      std::reverse(spans.begin(), spans.end());
+      for (const MatchSpan& span : spans) {
+        if (span.matched && !previous && !out.empty()) {
+          out.back().begin = span.begin;
         } else {
-          out.push_back(*span);
+          out.push_back(span);
         }
-        previous = span->matched;
+        previous = span.matched;
       }
       std::reverse(out.begin(), out.end());
       break;

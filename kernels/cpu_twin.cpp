@@ -133,7 +133,7 @@ void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t c
         v[k] = round_bf16(v[k] + decode_bf16(in.addend.data[m * in.addend.pitch + k]));
       squares += static_cast<double>(v[k]) * v[k];
     }
-    const float mean = static_cast<float>(squares / static_cast<double>(cols));
+    const auto mean = static_cast<float>(squares / static_cast<double>(cols));
     const auto inverse = static_cast<float>(1.0 / std::sqrt(static_cast<double>(mean + in.epsilon)));
     for (std::uint64_t k = 0; k < cols; ++k) {
       if (in.sum != nullptr) in.sum[m * in.x.pitch + k] = encode_bf16(v[k]);

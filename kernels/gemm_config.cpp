@@ -37,7 +37,8 @@ GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::u
   for (const Cost& cost : kCosts) {
     if (cost.token_tile > 128 && tokens <= 128) continue;
     const std::uint64_t blocks = (rows + 255) / 256 * ((tokens + cost.token_tile - 1) / cost.token_tile);
-    const auto rounds = static_cast<double>((blocks + clusters - 1) / clusters * groups);
+    const std::uint64_t whole_rounds = (blocks + clusters - 1) / clusters;
+    const auto rounds = static_cast<double>(whole_rounds * groups);
     const double share = static_cast<double>(blocks * groups) / static_cast<double>(clusters);
     const double whole = rounds * cost.group;
     const double split = share * cost.group + cost.split;

@@ -19,8 +19,8 @@ struct WordPlace {
 };
 FIREQ_HOST_DEVICE WordPlace sm90_word(std::uint64_t n, std::uint64_t k, std::uint64_t groups) {
   const std::uint64_t tile = n / kTileRows * groups + k / kGroup;
-  const std::uint32_t row = static_cast<std::uint32_t>(n % kHalfRows);
-  const std::uint32_t column = static_cast<std::uint32_t>(k % kGroup);
+  const auto row = static_cast<std::uint32_t>(n % kHalfRows);
+  const auto column = static_cast<std::uint32_t>(k % kGroup);
   const std::uint32_t q = column / 32 * 2 + row % 16 / 8;
   const std::uint32_t thread = row / 16 * 32 + row % 8 * 4 + column % 16 / 4;
   return {tile * kTileBytes + n % kTileRows / kHalfRows * kHalfBytes + q / 4 * 2048 + thread * 16 + q % 4 * 4,
@@ -28,7 +28,7 @@ FIREQ_HOST_DEVICE WordPlace sm90_word(std::uint64_t n, std::uint64_t k, std::uin
 }
 FIREQ_HOST_DEVICE std::uint64_t sm90_scale(std::uint64_t n, std::uint64_t group, std::uint64_t groups) {
   const std::uint64_t tile = n / kTileRows * groups + group;
-  const std::uint32_t row = static_cast<std::uint32_t>(n % kHalfRows);
+  const auto row = static_cast<std::uint32_t>(n % kHalfRows);
   return tile * kTileBytes + n % kTileRows / kHalfRows * kHalfBytes + kHalfCodeBytes +
          (row / 16 * 8 + row % 8) * 2 + row % 16 / 8;
 }
