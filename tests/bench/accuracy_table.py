@@ -47,6 +47,8 @@ RECIPES = [  # name, recipe, which calibration
     ("fast, integers", {"preset": "fast", "weights": {"levels": "int4"}}, "calib"),
     ("fast", {"preset": "fast"}, "calib"),
     ("fast, calibrated on Grimm", {"preset": "fast"}, "other"),
+    ("best", {"preset": "best"}, "calib"),
+    ("best, calibrated on Grimm", {"preset": "best"}, "other"),
 ]
 SWITCHES = [
     ("paper without N and S", {"preset": "paper", "keys": {"n": False, "s": False}}),
