@@ -15,8 +15,7 @@ std::string_view last_part(std::string_view name) {
 
 }  // namespace
 
-double name_distance(std::string_view a, std::string_view b) {
-  if (a.empty() && b.empty()) return 0;
+std::size_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), std::size_t{0});
   for (std::size_t i = 1; i <= a.size(); ++i) {
@@ -28,11 +27,16 @@ double name_distance(std::string_view a, std::string_view b) {
       diagonal = above;
     }
   }
+  return row.back();
+}
+
+double name_distance(std::string_view a, std::string_view b) {
+  if (a.empty() && b.empty()) return 0;
   // A common beginning counts for more: "evaluate" is meant for "eval", not for "validate".
   const std::size_t most = std::min({a.size(), b.size(), std::size_t{4}});
   std::size_t prefix = 0;
   while (prefix < most && a[prefix] == b[prefix]) ++prefix;
-  return static_cast<double>(row.back()) / static_cast<double>(std::max(a.size(), b.size())) *
+  return static_cast<double>(edit_distance(a, b)) / static_cast<double>(std::max(a.size(), b.size())) *
          (1 - 0.1 * static_cast<double>(prefix));
 }
 

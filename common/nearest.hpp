@@ -1,11 +1,15 @@
 // The known name nearest to a word that is none of them, for "did you mean".
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace fireq {
+
+// Bytes to insert, remove or replace to turn a into b.
+std::size_t edit_distance(std::string_view a, std::string_view b);
 
 // Edit distance over the length of the longer word, less for a common beginning: 0 the same, 1 nothing in
 // common.
