@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/commands.hpp"
+#include "apps/linear_check_json.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "calib/validate.hpp"
@@ -37,22 +38,6 @@ calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightS
   options.threads = a.common.threads;
   options.reference = &reference;
   return calib::evaluate(model, windows, options, progress);
-}
-
-nlohmann::json check_json(const calib::LinearCheck& c) {
-  nlohmann::json j = {{"name", c.name},
-                      {"rows", c.rows},
-                      {"cols", c.cols},
-                      {"product_rel_error", c.product_relative_error},
-                      {"subnormal_scales", c.subnormal_scales}};
-  if (c.relative_error) {
-    j["rel_error"] = *c.relative_error;
-    j["snr_db"] = *c.snr_db;
-    j["worst_group"] = {{"row", c.worst_group->row},
-                        {"group", c.worst_group->group},
-                        {"rel_error", c.worst_group->relative_error}};
-  }
-  return j;
 }
 
 std::string check_line(const calib::LinearCheck& c) {
