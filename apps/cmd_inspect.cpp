@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "apps/attribution.hpp"
 #include "apps/commands.hpp"
 #include "apps/html_report.hpp"
 #include "apps/linear_check_json.hpp"
@@ -18,6 +19,7 @@ namespace {
 struct Arguments {
   CommonOptions common;
   std::string target, html, reference;
+  ComparisonText text;
   std::optional<std::uint64_t> layer;
   std::size_t outliers = 4;
 };
@@ -93,8 +95,8 @@ void inspect_file(const Arguments& a, const std::string& path, const calib::Reci
 }
 
 // Each linear against the original, folded as the folder's recipe folds it.
-void compare_with_reference(const Arguments& a, const calib::WeightSource& packed, Progress& progress,
-                            nlohmann::json& json) {
+void compare_with_reference(const Arguments& a, const calib::WeightSource& packed, const Report& report,
+                            Progress& progress, nlohmann::json& json) {
   const auto reference = calib::open_weights(a.reference);
   if (reference->packed())
     throw Error(ErrorKind::usage, "the reference must be the original model").path(a.reference);
@@ -108,6 +110,14 @@ void compare_with_reference(const Arguments& a, const calib::WeightSource& packe
   json["linears"] = nlohmann::json::array();
   for (const calib::LinearCheck& c : calib::validate_linears(packed, options, progress))
     json["linears"].push_back(check_json(c));
+  if (!a.text.text.given()) return;
+  const calib::Windows windows = comparison_windows(a.text, a.target, packed.config());
+  const calib::Attribution costs = calib::attribute_costs(
+      packed, *folded, *reference, windows,
+      {.cache = packed.quantization()->kv_cache, .threads = a.common.threads}, progress);
+  report.line("");
+  print_attribution(report, costs);
+  json["attribution"] = attribution_json(costs);
 }
 
 void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source, const Report& report,
@@ -133,7 +143,7 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
     inspect_file(a, path, calib::parse_recipe(q.recipe_json, a.target + "/config.json"),
                  source.config().qk_norm, report, json, profiles);
   }
-  if (!a.reference.empty()) compare_with_reference(a, source, progress, json);
+  if (!a.reference.empty()) compare_with_reference(a, source, report, progress, json);
 }
 
 int run(const Arguments& a) {
@@ -145,6 +155,9 @@ int run(const Arguments& a) {
   const auto source = statistics ? nullptr : calib::open_weights(a.target);
   if (!a.reference.empty() && (!source || !source->packed())) {
     throw Error(ErrorKind::usage, "--reference compares a FireQ folder with its original").path(a.target);
+  }
+  if (a.text.text.given() && a.reference.empty()) {
+    throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
   }
   if (statistics) {
     json["kind"] = "statistics";
@@ -183,14 +196,16 @@ void add_inspect(CLI::App& app, Runner& runner) {
   cmd->add_option("--reference", a->reference,
                   "Of a FireQ folder: the original model, to measure each linear's error")
       ->type_name("HF_DIR");
+  add_comparison_text_options(*cmd, a->text);
   add_common_options(*cmd, a->common);
   cmd->footer(
+      "With --reference and --text also what each part and each layer costs (as validate --attribute).\n"
       "Rows k_after_n and k_after_n_s show the keys as the recipe's N and S leave them.\n"
       "Examples:\n"
       "  fireq inspect model --layer 0\n"
       "  fireq inspect stats.h5 --json stats.json\n"
       "  fireq inspect out\n"
-      "  fireq inspect out --reference model --html report.html");
+      "  fireq inspect out --reference model --text test.txt --max-tokens 4096 --html report.html");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }
 

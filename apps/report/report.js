@@ -201,6 +201,26 @@
       ["kurtosis", "kurtosis"], ["top", "top columns (× median)"]], rows, ["max_over_rms", true]);
   };
 
+  const costs = () => {
+    const a = doc.attribution;
+    if (!a) return;
+    const part = section("fix-first", "What to fix first",
+      `Cost of each part on ${number(a.scored)} tokens of text, as KL from the original (nats per token). Alone: only this part is on. The gain is what leaving the part out takes off the whole.`);
+    const rows = a.parts.map((p) => ({ part: p.part, kl: p.kl, delta_nll: p.delta_nll, gain: p.without ? a.all.kl - p.without.kl : null, gain_nll: p.without ? a.all.delta_nll - p.without.delta_nll : null }));
+    rows.push({ part: "everything", kl: a.all.kl, delta_nll: a.all.delta_nll, gain: null, gain_nll: null });
+    table(part, "parts-table", [["part", "part"], ["kl", "KL alone"], ["delta_nll", "Δnll alone"], ["gain", "KL gained without it"], ["gain_nll", "Δnll gained without it"]], rows, ["kl", true]);
+    const bars = (label, title, items) => {
+      const sorted = [...items].sort((x, y) => x[1] - y[1]);
+      const node = plotNode(label);
+      part.append(node);
+      plot(node, () => ({ traces: [{ type: "bar", orientation: "h", y: sorted.map((i) => i[0]), x: sorted.map((i) => i[1]), customdata: sorted.map((i) => i[2]),
+        hovertemplate: "%{y}: KL %{x:.5f}, Δnll %{customdata:.5f}<extra></extra>" }],
+        extra: { height: 110 + 18 * sorted.length, title: { text: title }, xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
+    };
+    bars("cost of each linear's weights", "Packed weights of one linear in all layers", a.linears.map((p) => [p.part, p.kl, p.delta_nll]));
+    bars("cost of each layer's weights", "Packed weights of one layer", a.layers.map((l) => ["layer " + l.layer, l.kl, l.delta_nll]));
+  };
+
   const linears = () => {
     if (!doc.linears?.length) return;
     const part = section("errors", "Weight error, worst first",
@@ -256,7 +276,7 @@
   document.getElementById("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   document.getElementById("title").textContent = doc.target;
   document.getElementById("subtitle").textContent = doc.reference ? `compared with ${doc.reference}` : "FireQ report";
-  for (const draw of [facts, sites, channels, weights, linears, packed]) draw();
+  for (const draw of [facts, costs, sites, channels, weights, linears, packed]) draw();
   document.body.dataset.milliseconds = Math.round(performance.now());
   document.body.dataset.ready = "yes";
 })();
