@@ -65,6 +65,7 @@ set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_NAME fireq)
 set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_SHLIBDEPS ON)
+set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_DEPENDS "libopenblas0-serial")  # the one without threads of its own
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME libfireq-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS "libxxhash-dev, libhdf5-dev, libopenblas-serial-dev, libhwy-dev, libpcre2-dev, libutf8proc-dev, libsentencepiece-dev, pkgconf")
