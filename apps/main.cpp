@@ -11,6 +11,7 @@
 
 #include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
+#include "apps/shell_files.hpp"
 #include "common/error.hpp"
 #include "common/nearest.hpp"
 #include "common/progress.hpp"
@@ -65,6 +66,33 @@ void require_known_subcommand(const CLI::App& app, int argc, const char* const* 
       .hint(fmt::format("did you mean '{}'? See fireq --help", fireq::nearest_name(word, names)));
 }
 
+// `fireq completion SHELL` and `fireq manual` print what an installation puts into the system's folders.
+void add_shell_files(CLI::App& app, fireq::apps::Runner& runner) {
+  const auto shell = std::make_shared<std::string>();
+  CLI::App* completion = app.add_subcommand("completion", "Print a completion script for a shell");
+  completion->add_option("shell", *shell, "bash, zsh or fish")
+      ->required()
+      ->check(CLI::IsMember({"bash", "zsh", "fish"}));
+  completion->footer(
+      "Examples:\n"
+      "  source <(fireq completion bash)\n"
+      "  fireq completion fish > ~/.config/fish/completions/fireq.fish");
+  completion->callback([&app, &runner, shell] {
+    runner = [&app, shell] {
+      fmt::print("{}", fireq::apps::completion_script(app, *shell));
+      return 0;
+    };
+  });
+  CLI::App* manual = app.add_subcommand("manual", "Print the manual page, for man(1)");
+  manual->footer("Examples:\n  fireq manual > fireq.1 && man ./fireq.1");
+  manual->callback([&app, &runner] {
+    runner = [&app] {
+      fmt::print("{}", fireq::apps::manual_page(app, fireq::apps::tool_version()));
+      return 0;
+    };
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -84,6 +112,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_validate(app, run);
   fireq::apps::add_generate(app, run);
   fireq::apps::add_bench(app, run);
+  add_shell_files(app, run);
   try {
     require_known_subcommand(app, argc, argv);
     app.parse(argc, argv);
