@@ -9,6 +9,7 @@
 
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/model_card.hpp"
 #include "calib/packed_tensors.hpp"
 #include "calib/two_streams.hpp"
 #include "common/error.hpp"
@@ -399,6 +400,8 @@ QuantizeResult Job::run() {
     quantization.calibration_seed = options_.seed;
   }
   quantization.tool_version = options_.tool_version;
+  formats::write_file_atomically(fs_, writer.side_file("README.md"),
+                                 model_card(config_, plan, options_.recipe, quantization));
   const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
   writer.publish(units, formats::make_config_json(source_config, quantization), options_.shard_size);
 
