@@ -41,6 +41,7 @@ class Docs(TestCase):
         short.write_text(TINY.read_text()[:60000])
         for name, source in (("a.txt", TINY), ("b.txt", GRIMM), ("wiki.test.raw", WIKI), ("test.txt", WIKI)):
             (self.tmp / name).write_text(source.read_text()[:60000])
+        (self.tmp / "questions.jsonl").write_text('{"query": "Once upon a", "choices": ["time", "cat"], "gold": 0}')
         (self.tmp / "recipe.json").write_text('{"preset": "rtn"}')
         pages = ["README.md"] + sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md") if p.name != "first-ten-minutes.md")
         seen = 0
