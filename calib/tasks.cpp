@@ -90,7 +90,7 @@ TaskItem choices_item(const Line& line, const nlohmann::json& context, const nlo
   const nlohmann::json* texts = &listed;
   if (listed.is_object()) {
     if (!listed.contains("text") || !listed.contains("label") || !listed["label"].is_array())
-      line.fail("choices lack a key", "\"text\" and \"label\"");
+      line.fail("choices lack a key", R"("text" and "label")");
     texts = &listed["text"];
     for (const nlohmann::json& label : listed["label"]) labels.push_back(line.text(label, "a label"));
   }
@@ -102,7 +102,7 @@ TaskItem choices_item(const Line& line, const nlohmann::json& context, const nlo
   }
   const nlohmann::json* gold = line.find(kGoldKeys);
   if (gold == nullptr)
-    line.fail("the right choice is missing", "\"gold\", \"label\", \"answer\" or \"answerKey\"");
+    line.fail("the right choice is missing", R"("gold", "label", "answer" or "answerKey")");
   item.gold = gold_of(line, *gold, item.choices.size(), labels);
   return item;
 }
@@ -170,12 +170,12 @@ std::vector<TaskItem> load_task_items(const std::string& path) {
     const nlohmann::json* whole = line.find(kTextKey);
     if (choices != nullptr) {
       if (context == nullptr)
-        line.fail("choices without a context", "\"query\", \"question\", \"context\", \"ctx\" or \"input\"");
+        line.fail("choices without a context", R"("query", "question", "context", "ctx" or "input")");
       items.push_back(choices_item(line, *context, *choices));
     } else if (whole != nullptr) {
       items.push_back(last_word_item(line, line.text(*whole, "the text")));
     } else {
-      line.fail("neither choices nor a text", "\"query\" with \"choices\" and \"gold\", or \"text\"");
+      line.fail("neither choices nor a text", R"("query" with "choices" and "gold", or "text")");
     }
     if ((items.back().choices.size() == 1) != (items.front().choices.size() == 1))
       line.fail("choices and last words are mixed", "one kind in a file");
