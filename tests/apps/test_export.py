@@ -392,8 +392,8 @@ class Writing(Export):
             self.assertEqual(["out"], [p.name for p in small.iterdir()])
 
     def test_memory_is_about_one_layer(self):
-        """24 layers of 4.2 million weights: 0.2 GB as BF16, of which at most a few layers are in memory."""
-        model = em.random_llama(self.tmp / "model", 50, hidden=512, ffn=2048, heads=8, kv_heads=8, layers=24)
+        """12 layers of 4.2 million weights: 0.1 GB as BF16, of which at most a few layers are in memory."""
+        model = em.random_llama(self.tmp / "model", 50, hidden=512, ffn=2048, heads=8, kv_heads=8, layers=12)
         fireq("quantize", model, "-o", self.tmp / "packed", "--preset", "rtn", "--quiet")
         shutil.rmtree(model)
         layer = 2 * (4 * 512 * 512 + 3 * 512 * 2048)
