@@ -11,16 +11,22 @@ namespace {
 
 struct Arguments {
   CommonOptions common;
-  std::string model, out, preset = "fast", recipe_file, levels, stats, layout = "row", shard_size = "5GB";
+  std::string model, out, preset = "fast", recipe_file, levels, target, stats, layout = "row",
+                          shard_size = "5GB";
   TextArguments text;
   CalibrationArguments calibration;
   bool resume = false, restart = false, force = false, dry_run = false;
 };
 
 calib::Recipe recipe_of(const Arguments& a) {
-  calib::Recipe recipe = a.recipe_file.empty()
-                             ? calib::preset_recipe(a.preset)
-                             : calib::parse_recipe(formats::read_text_file(a.recipe_file), a.recipe_file);
+  const calib::Target target = a.target == "vllm" ? calib::Target::vllm : calib::Target::fireq;
+  calib::Recipe recipe = a.recipe_file.empty() ? calib::preset_recipe(a.preset, target)
+                                               : calib::parse_recipe(formats::read_text_file(a.recipe_file),
+                                                                     a.recipe_file, target);
+  if (!a.target.empty() && recipe.target != target) {
+    throw Error(ErrorKind::usage, "--for and the recipe's key 'for' say different things")
+        .path(a.recipe_file);
+  }
   if (a.levels.empty()) return recipe;
   // --levels is a recipe key on the command line: a name, or a file with 8 magnitudes.
   const bool named = a.levels == "int4" || a.levels == "normal";
@@ -186,6 +192,9 @@ void add_quantize(CLI::App& app, Runner& runner) {
       ->excludes(preset);
   cmd->add_option("--levels", a->levels,
                   "int4, normal, or a file with 8 increasing magnitudes; default: the recipe's");
+  cmd->add_option("--for", a->target,
+                  "fireq, or vllm: keep to what vLLM runs from an export (docs/export.md)")
+      ->check(CLI::IsMember({"fireq", "vllm"}));
   add_text_options(*cmd, a->text);
   add_calibration_options(*cmd, a->calibration);
   cmd->add_option("--stats", a->stats, "Statistics of fireq calibrate instead of text")->type_name("FILE");
@@ -204,6 +213,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
       "  fireq quantize Llama-3.2-1B -o Llama-3.2-1B-fireq --text calibration.txt\n"
       "  fireq quantize model -o out --preset rtn\n"
       "  fireq quantize model -o out --preset paper --text corpus/ --samples 128 --length 2048 --seed 1\n"
+      "  fireq quantize model -o out --for vllm --text t.txt\n"
       "  fireq quantize model -o out --text t.txt --dry-run");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }

@@ -129,6 +129,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_eval(app, run);
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
+  fireq::apps::add_export(app, run);
   fireq::apps::add_generate(app, run);
   fireq::apps::add_bench(app, run);
   add_shell_files(app, run);

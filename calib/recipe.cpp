@@ -64,6 +64,8 @@ constexpr Choices<RowScale, 2> kRowScales{{{"row", RowScale::row}, {"tensor", Ro
 constexpr Choices<Rounding, 2> kRoundings{{{"value", Rounding::value}, {"product", Rounding::product}}};
 constexpr Choices<ValueScaling, 3> kValueScalings{
     {{"off", ValueScaling::off}, {"channel", ValueScaling::channel}, {"scalar", ValueScaling::scalar}}};
+constexpr Choices<Target, 2> kTargets{{{"fireq", Target::fireq}, {"vllm", Target::vllm}}};
+constexpr const char* kTargetKey = "for";
 
 Levels levels_from(const json& v) {
   if (v.is_string()) {
@@ -171,6 +173,8 @@ const std::vector<Field>& fields() {
         count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
         flag("", "kv_cache", &Recipe::kv_cache),
+        {"", kTargetKey, [](Recipe& r, const json& v) { r.target = choose(kTargets, v); },
+         [](const Recipe& r) { return json(name_of(kTargets, r.target)); }},
     };
     std::move(rest.begin(), rest.end(), std::back_inserter(list));
     return list;
@@ -196,7 +200,7 @@ void apply(Recipe& recipe, std::string_view section, const json& object) {
   for (const auto& item : object.items()) {
     const std::string& key = item.key();  // plain names: clang 14's lambdas cannot capture bindings
     const json& value = item.value();
-    if (section.empty() && key == "preset") continue;
+    if (section.empty() && (key == "preset" || key == kTargetKey)) continue;  // read before the others
     const auto field = std::find_if(fields().begin(), fields().end(),
                                     [&](const Field& f) { return f.section == section && f.key == key; });
     if (field != fields().end()) {
@@ -234,9 +238,20 @@ json parse_text(const std::string& text, const std::string& path) {
   }
 }
 
-}  // namespace
+// vLLM multiplies integers with FP8 scales that it makes itself, and holds keys and values in BF16 or FP8.
+void set_target(Recipe& r, Target target) {
+  r.target = target;
+  const bool vllm = target == Target::vllm;
+  r.weights.pin_largest_group = vllm;
+  if (!vllm) return;
+  r.weights.levels = Levels::int4();
+  r.weights.row_scale = RowScale::row;
+  r.key_n = r.key_s = false;
+  r.value_power_of_two = r.stream_kv = false;
+  r.kv_cache = false;
+}
 
-Recipe preset_recipe(const std::string& name) {
+Recipe preset_for_fireq(const std::string& name) {
   Recipe r;
   r.preset = name;
   if (name == "rtn") return r;
@@ -263,7 +278,41 @@ Recipe preset_recipe(const std::string& name) {
       .found(name);
 }
 
-Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors) {
+Target target_from(const json& v) {
+  try {
+    return choose(kTargets, v);
+  } catch (Error& e) {
+    throw Error(ErrorKind::usage, std::string("recipe key '") + kTargetKey + "': " + e.message())
+        .expected(e.expected())
+        .found(e.found());
+  }
+}
+
+// Keys below the preset may ask for what the target cannot run.
+void check_target(const Recipe& r) {
+  if (r.target != Target::vllm) return;
+  const auto require = [](bool met, const char* key, const char* expected, const std::string& found) {
+    if (met) return;
+    throw Error(ErrorKind::usage, std::string("recipe key '") + key + "': vLLM cannot run this")
+        .expected(expected)
+        .found(found)
+        .hint("leave the key out, or quantise without --for vllm");
+  };
+  require(r.weights.levels.is_int4(), "weights.levels", "\"int4\"", r.weights.levels.name());
+  require(r.weights.row_scale == RowScale::row, "weights.row_scale", "\"row\"", "\"tensor\"");
+  require(!r.key_s, "keys.s", "false: S needs a hook between RoPE and the cache", "true");
+  require(!r.kv_cache, "kv_cache", "false", "true");
+  require(!r.stream_kv, "curvature.kv_stream", "false", "true");
+}
+
+}  // namespace
+
+Recipe preset_recipe(const std::string& name, Target target) {
+  Recipe r = preset_for_fireq(name);
+  set_target(r, target);
+  return r;
+}
+Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors, Target target) {
   try {
     const json root = parse_text(json_text, path_for_errors);
     if (!root.is_object()) {
@@ -278,8 +327,10 @@ Recipe parse_recipe(const std::string& json_text, const std::string& path_for_er
       }
       preset = it->get<std::string>();
     }
-    Recipe recipe = preset_recipe(preset);
+    if (const auto it = root.find(kTargetKey); it != root.end()) target = target_from(*it);
+    Recipe recipe = preset_recipe(preset, target);
     apply(recipe, "", root);
+    check_target(recipe);
     if (recipe.curvature && recipe.weights.row_scale != RowScale::row) {
       throw Error(ErrorKind::usage, "recipe key 'curvature.use' needs a scale per row")
           .expected("weights.row_scale \"row\"")

@@ -15,7 +15,11 @@ enum class ValueScaling : std::uint8_t {
   scalar
 };  // Lambda_1: per value channel, or the release's scalar 0.9
 
+// What has to run the result: this toolkit's own kernels, or vLLM (an exported folder, docs/export.md).
+enum class Target : std::uint8_t { fireq, vllm };
+
 struct Recipe {
+  Target target = Target::fireq;
   std::string preset = "paper";  // where it started from: "paper", "rtn", "fast", "best"
   libquant::WeightQuantizerOptions weights;
   bool weighted_search = false;  // sigma search weighted by mean x^2 of each input channel
@@ -50,10 +54,14 @@ struct Recipe {
   bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };
 
-Recipe preset_recipe(const std::string& name);  // Error(usage) naming the presets
+// Error(usage) naming the presets. For vLLM a preset has integer levels, row scales of which vLLM finds every
+// bit again, and no INT4 cache with what serves it alone: N, S, powers of two in V.
+Recipe preset_recipe(const std::string& name, Target target = Target::fireq);
 // JSON with a "preset" to start from and any keys below it. Unknown keys, types and ranges are refused,
-// naming the key and the nearest valid one (Error(usage)).
-Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors);
+// naming the key and the nearest valid one, and so is a key that the recipe's target cannot run
+// (Error(usage)). `target` is that of a recipe that has no key "for".
+Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors,
+                    Target target = Target::fireq);
 std::string recipe_to_json(const Recipe& recipe);  // canonical: sorted keys, every key present
 
 }  // namespace fireq::calib

@@ -15,6 +15,7 @@
 
 #include "common/error.hpp"
 #include "formats/checkpoint.hpp"
+#include "formats/export_folder.hpp"
 #include "formats/folder_rules.hpp"
 #include "formats/hash.hpp"
 #include "formats/mapped_file.hpp"
@@ -168,7 +169,7 @@ void OutputFolder::refuse_existing() const {
   std::error_code code;
   if (stdfs::is_directory(out_, code)) {
     try {
-      ours = list_names(out_).empty() || is_fireq_folder(out_);
+      ours = list_names(out_).empty() || is_export_folder(out_) || is_fireq_folder(out_);
     } catch (const Error&) {
       ours = false;
     }

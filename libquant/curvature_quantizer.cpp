@@ -23,6 +23,8 @@ using blas::Op;
 
 constexpr std::uint8_t kTopScale = 0x7e;     // 448
 constexpr std::uint8_t kTopRowScale = 0x66;  // 56: no product saturates
+constexpr float kLeastRowScale = 0x1p-9F / 56.0F;
+constexpr std::uint64_t kNoGroup = std::numeric_limits<std::uint64_t>::max();
 // Rows that share products with H. A fixed cut: it decides the order of sums.
 constexpr std::uint64_t kRowBlock = 64;
 
@@ -75,6 +77,7 @@ class BlockQuantizer {
         begin_(begin),
         count_(count),
         row_scaled_(options.row_scale == RowScale::row),
+        pins_(row_scaled_ && options.pin_largest_group),
         top_(row_scaled_ ? kTopRowScale : kTopScale),
         error_(count * k_),
         value_(count * k_),
@@ -93,6 +96,7 @@ class BlockQuantizer {
 
   CurvatureError run(std::span<const float> w) {
     w_ = w.data();
+    pinned_.assign(count_, kNoGroup);
     for (std::uint64_t i = 0; i < count_; ++i) set_first_scale(i);
     for (std::uint64_t g = 0; g < groups_; ++g) round_group(g);
 
@@ -137,6 +141,7 @@ class BlockQuantizer {
   void set_first_scale(std::uint64_t i) {
     const float* row = w_ + i * k_;
     float largest = 0;
+    std::uint64_t largest_at = 0;
     for (std::uint64_t k = 0; k < k_; ++k) {
       if (!std::isfinite(row[k])) {
         throw Error(ErrorKind::input, "a weight is not a finite number")
@@ -144,10 +149,13 @@ class BlockQuantizer {
             .found(std::string(std::isnan(row[k]) ? "NaN" : "infinity") + " at [" +
                    std::to_string(begin_ + i) + ", " + std::to_string(k) + "]");
       }
-      largest = std::max(largest, std::fabs(row[k]));
+      if (std::fabs(row[k]) <= largest) continue;
+      largest = std::fabs(row[k]);
+      largest_at = k;
     }
     if (row_scaled_) row_scale(i) = row_scale_for(largest, out_.levels.magnitude[7]);
     first_scale_[i] = row_scale(i);
+    if (pins_ && row_scale(i) > kLeastRowScale) pinned_[i] = largest_at / kGroupSize;
     tables_[i].set_row_scale(first_scale_[i]);
   }
 
@@ -190,8 +198,8 @@ class BlockQuantizer {
       add_scaled(-step, u + j + 1, term.data() + j + 1, c.size - j - 1);
     }
     Trial best;
-    if (largest == 0) {
-      best.sigma = 1;
+    if (pinned_[i] == g || largest == 0) {
+      best.sigma = pinned_[i] == g ? kTopRowScale : 1;
       round_with(i, c, before, best);
     } else {
       for (const std::uint8_t sigma : search(i, magnitude, weight, largest)) {
@@ -305,7 +313,7 @@ class BlockQuantizer {
     }
     for (std::uint64_t i = 0; i < count_; ++i) {
       const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
-      if (sigma < 1 || sigma > static_cast<int>(top_)) continue;
+      if (!allowed(g, i, sigma)) continue;
       Candidate candidate;
       candidate.sigma = static_cast<std::uint8_t>(sigma);
       const float* step = step_.data() + i * kGroupSize;
@@ -352,12 +360,17 @@ class BlockQuantizer {
     }
   }
 
+  bool allowed(std::uint64_t g, std::uint64_t i, int sigma) const {
+    if (pinned_[i] == g) return sigma == static_cast<int>(kTopRowScale);
+    return sigma >= 1 && sigma <= static_cast<int>(top_);
+  }
+
   // step_ of row i: values with sigma moved by `offset` less values now; zero where that sigma cannot be.
   void scale_change(std::uint64_t g, std::uint64_t i, int offset) {
     const Columns c = columns(g);
     float* step = step_.data() + i * kGroupSize;
     const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
-    if (sigma < 1 || sigma > static_cast<int>(top_)) {
+    if (!allowed(g, i, sigma)) {
       std::fill_n(step, c.size, 0.0F);
       return;
     }
@@ -380,12 +393,14 @@ class BlockQuantizer {
       denominator += value * (static_cast<double>(toward[k]) - static_cast<double>(gradient[k]));
     }
     if (!(denominator > 0) || !(numerator > 0)) return;
+    if (pins_ && pinned_[i] == kNoGroup) return;
     const double now = row_scale(i);
     const double first = first_scale_[i];
     const double wanted =
         std::clamp(now * numerator / denominator, static_cast<double>(options_.row_low) * first,
                    static_cast<double>(options_.row_high) * first);
-    const float next = storable_row_scale(wanted);
+    float next = storable_row_scale(wanted);
+    if (pins_) next = std::max(next, kLeastRowScale);
     const double ratio = static_cast<double>(next) / now;
     // error(x) = const - 2 x numerator + x^2 denominator: rounding may have passed the best by too far.
     if (!((ratio - 1) * ((ratio + 1) * denominator - 2 * numerator) < 0) || !(next > 0)) return;
@@ -422,11 +437,13 @@ class BlockQuantizer {
   QuantizedLinear& out_;
   const std::uint64_t k_, groups_, begin_, count_;
   const bool row_scaled_;
+  const bool pins_;
   const std::uint8_t top_;
   const float* w_ = nullptr;                // [count, K]
   std::vector<float> error_, value_;        // [count, K] w - v and v
   std::vector<std::uint8_t> code_, sigma_;  // [count, K], [count, groups]
   std::vector<float> first_scale_;          // [count]
+  std::vector<std::uint64_t> pinned_;       // [count] the group whose scale stays 56, or kNoGroup
   std::vector<GroupTables> tables_;         // [count]
   std::vector<int> offsets_;
   std::vector<float> gradient_, toward_;  // [count, K] (w - v) H and w H

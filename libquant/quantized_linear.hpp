@@ -57,6 +57,10 @@ struct WeightQuantizerOptions {
   // |offset|, then the lower code.
   int search_low = 0;
   int search_high = 0;
+  // RowScale::row: the first group that holds the row's largest weight keeps its usual scale, 56, and is not
+  // searched. A loader that derives r from the row's largest scale then finds r and every scale exactly
+  // (vllm_scales.hpp).
+  bool pin_largest_group = false;
   // m of the per-tensor search (docs/numerics.md), paper 7 * 2^-9.
   float tensor_search_threshold = 7.0F * 0x1p-9F;
 };

@@ -85,7 +85,9 @@ class RowQuantizer {
   void quantize(const std::byte* row, const std::byte* next, std::uint64_t index, QuantizedLinear& out) {
     const bool wide = dtype_ == Dtype::f32;
     (wide ? kernels_.group_absmax32 : kernels_.group_absmax16)(row, cols_, absmax_.data());
-    const std::uint32_t largest = *std::max_element(absmax_.begin(), absmax_.end());
+    const auto largest_group =
+        static_cast<std::size_t>(std::max_element(absmax_.begin(), absmax_.end()) - absmax_.begin());
+    const std::uint32_t largest = absmax_[largest_group];
     if (largest >= infinity()) refuse_non_finite(row, index);
 
     float r = out.row_scales[0];
@@ -95,6 +97,7 @@ class RowQuantizer {
     }
     tables_.set_row_scale(r);
     if (searching_) load_magnitudes(row);
+    const bool pinned = options_.pin_largest_group && options_.row_scale == RowScale::row;
     const double unit = static_cast<double>(r) * static_cast<double>(options_.levels.magnitude[7]);
     const double inverse_unit = 1.0 / unit;
     std::uint8_t* scales = out.group_scales.data() + index * groups_;
@@ -103,7 +106,7 @@ class RowQuantizer {
       if (absmax_[g] != 0) {
         sigma = group_scale_code(static_cast<double>(bits_to_float(absmax_[g], dtype_)), unit, inverse_unit,
                                  top_);
-        if (searching_) sigma = search(g, sigma);
+        if (searching_ && !(pinned && g == largest_group)) sigma = search(g, sigma);
       }
       scales[g] = sigma;
       chosen_[g] = &tables_.get(sigma);

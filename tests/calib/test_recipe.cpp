@@ -59,6 +59,50 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.5);
 }
 
+TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
+  for (const char* name : {"rtn", "paper", "fast", "best"}) {
+    const Recipe own = preset_recipe(name);
+    const Recipe vllm = preset_recipe(name, Target::vllm);
+    EXPECT_EQ(own.target, Target::fireq);
+    EXPECT_FALSE(own.weights.pin_largest_group);
+    EXPECT_EQ(vllm.target, Target::vllm);
+    EXPECT_TRUE(vllm.weights.pin_largest_group);
+    EXPECT_TRUE(vllm.weights.levels.is_int4());
+    EXPECT_EQ(vllm.weights.row_scale, libquant::RowScale::row);
+    EXPECT_FALSE(vllm.key_n || vllm.key_s || vllm.kv_cache || vllm.value_power_of_two || vllm.stream_kv);
+    // The rest is the preset's.
+    EXPECT_EQ(vllm.lambda2, own.lambda2);
+    EXPECT_EQ(vllm.curvature, own.curvature);
+    EXPECT_EQ(vllm.weights.search_low, own.weights.search_low);
+    // The recorded recipe says all of it.
+    const std::string text = recipe_to_json(vllm);
+    EXPECT_EQ(json::parse(text).at("for"), "vllm");
+    const Recipe again = parse_recipe(text, "r.json");
+    EXPECT_EQ(recipe_to_json(again), text);
+    EXPECT_TRUE(again.weights.pin_largest_group);
+  }
+  EXPECT_EQ(json::parse(recipe_to_json(preset_recipe("fast"))).at("for"), "fireq");
+  // The target is known before the other keys, wherever it stands; the command line's holds without one.
+  EXPECT_TRUE(parse_recipe(R"({"weights": {"search": [-1, 1]}, "preset": "fast", "for": "vllm"})", "r.json")
+                  .weights.levels.is_int4());
+  EXPECT_EQ(parse_recipe(R"({"preset": "fast"})", "r.json", Target::vllm).target, Target::vllm);
+  EXPECT_EQ(parse_recipe(R"({"for": "fireq"})", "r.json", Target::vllm).target, Target::fireq);
+}
+
+TEST(Recipe, RefusesWhatVllmCannotRun) {
+  for (const auto& [text, key] :
+       {std::pair{R"({"weights": {"levels": "normal"}})", "weights.levels"},
+        std::pair{R"({"weights": {"row_scale": "tensor"}})", "weights.row_scale"},
+        std::pair{R"({"keys": {"s": true}})", "keys.s"}, std::pair{R"({"kv_cache": true})", "kv_cache"},
+        std::pair{R"({"curvature": {"kv_stream": true}})", "curvature.kv_stream"}}) {
+    const std::string message = usage_error([&] { parse_recipe(text, "r.json", Target::vllm); });
+    EXPECT_THAT(message, HasSubstr("r.json: recipe key '" + std::string(key) + "': vLLM cannot run this"));
+    EXPECT_NO_THROW(parse_recipe(text, "r.json")) << text;
+  }
+  EXPECT_TRUE(parse_recipe(R"({"keys": {"n": true}})", "r.json", Target::vllm).key_n);
+  EXPECT_THAT(usage_error([] { parse_recipe(R"({"for": null})", "r.json"); }), HasSubstr("recipe key 'for'"));
+}
+
 TEST(Recipe, JsonKeepsEveryChoice) {
   for (const char* name : {"rtn", "paper", "fast", "best"}) {
     const std::string text = recipe_to_json(preset_recipe(name));
