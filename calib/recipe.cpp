@@ -242,7 +242,7 @@ json parse_text(const std::string& text, const std::string& path) {
 void set_target(Recipe& r, Target target) {
   r.target = target;
   const bool vllm = target == Target::vllm;
-  r.weights.pin_largest_group = vllm;
+  r.weights.pin_top_scale = vllm;
   if (!vllm) return;
   r.weights.levels = Levels::int4();
   r.weights.row_scale = RowScale::row;

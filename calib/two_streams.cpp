@@ -349,7 +349,7 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   options.search_low = recipe_.weights.search_low;
   options.search_high = recipe_.weights.search_high;
   options.passes = static_cast<unsigned>(recipe_.descent_passes);
-  options.pin_largest_group = recipe_.weights.pin_largest_group;
+  options.pin_top_scale = recipe_.weights.pin_top_scale;
   for (const LinearIndex i : which) {
     check_interrupt();
     const LinearWeights& w = work.weights.linear[i];

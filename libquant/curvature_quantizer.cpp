@@ -23,7 +23,6 @@ using blas::Op;
 
 constexpr std::uint8_t kTopScale = 0x7e;     // 448
 constexpr std::uint8_t kTopRowScale = 0x66;  // 56: no product saturates
-constexpr float kLeastRowScale = 0x1p-9F / 56.0F;
 constexpr std::uint64_t kNoGroup = std::numeric_limits<std::uint64_t>::max();
 // Rows that share products with H. A fixed cut: it decides the order of sums.
 constexpr std::uint64_t kRowBlock = 64;
@@ -77,7 +76,7 @@ class BlockQuantizer {
         begin_(begin),
         count_(count),
         row_scaled_(options.row_scale == RowScale::row),
-        pins_(row_scaled_ && options.pin_largest_group),
+        pins_(row_scaled_ && options.pin_top_scale),
         top_(row_scaled_ ? kTopRowScale : kTopScale),
         error_(count * k_),
         value_(count * k_),
@@ -141,7 +140,6 @@ class BlockQuantizer {
   void set_first_scale(std::uint64_t i) {
     const float* row = w_ + i * k_;
     float largest = 0;
-    std::uint64_t largest_at = 0;
     for (std::uint64_t k = 0; k < k_; ++k) {
       if (!std::isfinite(row[k])) {
         throw Error(ErrorKind::input, "a weight is not a finite number")
@@ -149,14 +147,36 @@ class BlockQuantizer {
             .found(std::string(std::isnan(row[k]) ? "NaN" : "infinity") + " at [" +
                    std::to_string(begin_ + i) + ", " + std::to_string(k) + "]");
       }
-      if (std::fabs(row[k]) <= largest) continue;
-      largest = std::fabs(row[k]);
-      largest_at = k;
+      largest = std::max(largest, std::fabs(row[k]));
     }
     if (row_scaled_) row_scale(i) = row_scale_for(largest, out_.levels.magnitude[7]);
+    tables_[i].set_row_scale(row_scale(i));
+    if (pins_) pin_top(i);
     first_scale_[i] = row_scale(i);
-    if (pins_ && row_scale(i) > kLeastRowScale) pinned_[i] = largest_at / kGroupSize;
     tables_[i].set_row_scale(first_scale_[i]);
+  }
+
+  // The group whose scale comes out largest when each is rounded by itself keeps 56, and r fits to it.
+  void pin_top(std::uint64_t i) {
+    std::uint8_t top = 0;
+    for (std::uint64_t g = 0; g < groups_; ++g) {
+      const Columns c = columns(g);
+      GroupValues magnitude{};
+      GroupValues weight{};
+      float largest = 0;
+      for (std::uint64_t j = 0; j < c.size; ++j) {
+        magnitude[j] = std::fabs(w_[i * k_ + c.begin + j]);
+        weight[j] = curvature_.matrix[(c.begin + j) * k_ + c.begin + j];
+        largest = std::max(largest, magnitude[j]);
+      }
+      if (largest == 0) continue;
+      const std::uint8_t sigma = search(i, magnitude, weight, largest)[0];
+      if (sigma <= top) continue;
+      top = sigma;
+      pinned_[i] = g;
+    }
+    if (top > 0) row_scale(i) = row_scale_with_top(decode_e4m3(top) * row_scale(i));
+    if (row_scale(i) <= kLeastRowScale) pinned_[i] = kNoGroup;
   }
 
   // --- 1. Greedy

@@ -29,9 +29,9 @@ struct CurvatureQuantizerOptions {
   // The row scale stays between these multiples of the one it began with. It moves in steps of bf16(56 r).
   float row_low = 0.8F;
   float row_high = 1.25F;
-  // As WeightQuantizerOptions: the group with the row's largest weight keeps the scale 56, and r stays at or
-  // over 1/28672; a row so small that r began there keeps it.
-  bool pin_largest_group = false;
+  // As WeightQuantizerOptions, for RowScale::row: one group of a row keeps the scale 56, and r, at least
+  // 1 / 28672, moves instead. A row that begins at the least r keeps it.
+  bool pin_top_scale = false;
 };
 
 // Sums over rows of w H w^T and of (w - v) H (w - v)^T, H with its damping.

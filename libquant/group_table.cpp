@@ -85,6 +85,10 @@ float row_scale_for(float row_max, float top_level) {
   return value(b) / 56.0F;
 }
 
+float row_scale_with_top(float scale) {
+  return std::max(bits::f32_from_bf16(bits::bf16_from_f32(scale)) / 56.0F, kLeastRowScale);
+}
+
 GroupTables::GroupTables(const Levels& levels, Rounding rounding, Dtype dtype, bool with_values)
     : rounding_(rounding),
       dtype_(dtype),

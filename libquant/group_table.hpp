@@ -29,6 +29,12 @@ std::uint8_t group_scale_code(double amax, double unit, double inverse_unit, std
 // (docs/checkpoint-format.md, "Export").
 float row_scale_for(float row_max, float top_level);
 
+// The least that it can be, 1 / 28672.
+inline constexpr float kLeastRowScale = 0x1p-9F / 56.0F;
+
+// r, at least kLeastRowScale, with which sigma = 56 is nearest to a group's whole scale: bf16(scale) / 56.
+float row_scale_with_top(float scale);
+
 // Tables of one r, made when first asked for: neighbouring groups share few sigma codes.
 class GroupTables {
  public:

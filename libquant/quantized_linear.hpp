@@ -57,10 +57,10 @@ struct WeightQuantizerOptions {
   // |offset|, then the lower code.
   int search_low = 0;
   int search_high = 0;
-  // RowScale::row: the first group that holds the row's largest weight keeps its usual scale, 56, and is not
-  // searched. A loader that derives r from the row's largest scale then finds r and every scale exactly
-  // (vllm_scales.hpp).
-  bool pin_largest_group = false;
+  // RowScale::row: the largest group scale of every row is exactly 56, except where r is at its least, so
+  // that a loader that derives r from it finds r and every scale again (vllm_scales.hpp). After the search 56
+  // r = bf16(largest sigma * r), the first group of that sigma takes 56, and the others are searched again.
+  bool pin_top_scale = false;
   // m of the per-tensor search (docs/numerics.md), paper 7 * 2^-9.
   float tensor_search_threshold = 7.0F * 0x1p-9F;
 };

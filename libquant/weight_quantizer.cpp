@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -85,37 +86,53 @@ class RowQuantizer {
   void quantize(const std::byte* row, const std::byte* next, std::uint64_t index, QuantizedLinear& out) {
     const bool wide = dtype_ == Dtype::f32;
     (wide ? kernels_.group_absmax32 : kernels_.group_absmax16)(row, cols_, absmax_.data());
-    const auto largest_group =
-        static_cast<std::size_t>(std::max_element(absmax_.begin(), absmax_.end()) - absmax_.begin());
-    const std::uint32_t largest = absmax_[largest_group];
+    const std::uint32_t largest = *std::max_element(absmax_.begin(), absmax_.end());
     if (largest >= infinity()) refuse_non_finite(row, index);
 
-    float r = out.row_scales[0];
-    if (options_.row_scale == RowScale::row) {
-      r = row_scale_for(bits_to_float(largest, dtype_), options_.levels.magnitude[7]);
-      out.row_scales[index] = r;
-    }
-    tables_.set_row_scale(r);
+    const bool per_row = options_.row_scale == RowScale::row;
+    float r = per_row ? row_scale_for(bits_to_float(largest, dtype_), options_.levels.magnitude[7])
+                      : out.row_scales[0];
     if (searching_) load_magnitudes(row);
-    const bool pinned = options_.pin_largest_group && options_.row_scale == RowScale::row;
-    const double unit = static_cast<double>(r) * static_cast<double>(options_.levels.magnitude[7]);
-    const double inverse_unit = 1.0 / unit;
     std::uint8_t* scales = out.group_scales.data() + index * groups_;
-    for (std::size_t g = 0; g < groups_; ++g) {
-      std::uint8_t sigma = 1;  // an all-zero group
-      if (absmax_[g] != 0) {
-        sigma = group_scale_code(static_cast<double>(bits_to_float(absmax_[g], dtype_)), unit, inverse_unit,
-                                 top_);
-        if (searching_ && !(pinned && g == largest_group)) sigma = search(g, sigma);
-      }
-      scales[g] = sigma;
-      chosen_[g] = &tables_.get(sigma);
-    }
+    choose_scales(r, kNoGroup, scales);
+    if (per_row && searching_ && options_.pin_top_scale) r = pin_top(r, scales);
+    if (per_row) out.row_scales[index] = r;
+    for (std::size_t g = 0; g < groups_; ++g) chosen_[g] = &tables_.get(scales[g]);
     (wide ? kernels_.encode_row32 : kernels_.encode_row16)(
         row, next, cols_, chosen_.data(), out.codes.data() + index * groups_ * (kGroupSize / 2));
   }
 
  private:
+  static constexpr std::size_t kNoGroup = std::numeric_limits<std::size_t>::max();
+
+  // The scales of all groups under r, but for `kept`.
+  void choose_scales(float r, std::size_t kept, std::uint8_t* scales) {
+    tables_.set_row_scale(r);
+    const double unit = static_cast<double>(r) * static_cast<double>(options_.levels.magnitude[7]);
+    const double inverse_unit = 1.0 / unit;
+    for (std::size_t g = 0; g < groups_; ++g) {
+      if (g == kept) continue;
+      scales[g] = 1;  // an all-zero group
+      if (absmax_[g] == 0) continue;
+      scales[g] =
+          group_scale_code(static_cast<double>(bits_to_float(absmax_[g], dtype_)), unit, inverse_unit, top_);
+      if (searching_) scales[g] = search(g, scales[g]);
+    }
+  }
+
+  // Moves r to where the largest of the scales is 56, and chooses the others again.
+  float pin_top(float r, std::uint8_t* scales) {
+    const std::uint8_t* const top = std::max_element(scales, scales + groups_);
+    if (*top == kTopRowScale) return r;
+    const float pinned = row_scale_with_top(decode_e4m3(*top) * r);
+    if (pinned == r) return r;  // at its least already
+    const auto group = static_cast<std::size_t>(top - scales);
+    const bool least = pinned <= kLeastRowScale;
+    if (!least) scales[group] = kTopRowScale;
+    choose_scales(pinned, least ? kNoGroup : group, scales);
+    return pinned;
+  }
+
   std::uint32_t infinity() const noexcept {
     return dtype_ == Dtype::f32 ? bits::kInf : dtype_ == Dtype::f16 ? 0x7c00U : 0x7f80U;
   }

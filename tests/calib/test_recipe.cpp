@@ -64,9 +64,9 @@ TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
     const Recipe own = preset_recipe(name);
     const Recipe vllm = preset_recipe(name, Target::vllm);
     EXPECT_EQ(own.target, Target::fireq);
-    EXPECT_FALSE(own.weights.pin_largest_group);
+    EXPECT_FALSE(own.weights.pin_top_scale);
     EXPECT_EQ(vllm.target, Target::vllm);
-    EXPECT_TRUE(vllm.weights.pin_largest_group);
+    EXPECT_TRUE(vllm.weights.pin_top_scale);
     EXPECT_TRUE(vllm.weights.levels.is_int4());
     EXPECT_EQ(vllm.weights.row_scale, libquant::RowScale::row);
     EXPECT_FALSE(vllm.key_n || vllm.key_s || vllm.kv_cache || vllm.value_power_of_two || vllm.stream_kv);
@@ -79,7 +79,7 @@ TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
     EXPECT_EQ(json::parse(text).at("for"), "vllm");
     const Recipe again = parse_recipe(text, "r.json");
     EXPECT_EQ(recipe_to_json(again), text);
-    EXPECT_TRUE(again.weights.pin_largest_group);
+    EXPECT_TRUE(again.weights.pin_top_scale);
   }
   EXPECT_EQ(json::parse(recipe_to_json(preset_recipe("fast"))).at("for"), "fireq");
   // The target is known before the other keys, wherever it stands; the command line's holds without one.

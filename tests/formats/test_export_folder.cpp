@@ -15,7 +15,8 @@ using nlohmann::json;
 using test::TempFolder;
 
 TEST(ExportFolder, PlainConfigIsTheSourcesWithAnotherType) {
-  const json source = {{"model_type", "llama"}, {"x", {1, {{"y", nullptr}}}}, {"quantization_config", {{"a", 1}}}};
+  const json source = {
+      {"model_type", "llama"}, {"x", {1, {{"y", nullptr}}}}, {"quantization_config", {{"a", 1}}}};
   json expected = source;
   expected.erase("quantization_config");
   for (const auto& [dtype, name] : {std::pair{Dtype::bf16, "bfloat16"}, std::pair{Dtype::f16, "float16"},
