@@ -27,6 +27,9 @@ struct EvaluationResult {
 struct EvaluationOptions {
   Precision precision;
   int threads = 0;
+  // Runs the model's quantised linears (the reference's stay on the CPU). The model must be packed and
+  // precision.fp8_activations on: Error(usage) otherwise.
+  LinearBackend* backend = nullptr;
   const WeightSource* reference = nullptr;  // run in FP32
   Precision reference_precision;
 };
