@@ -126,6 +126,7 @@ int run(const Arguments& a) {
                          {"nll_stderr", result.nll_stderr},
                          {"tokens", tokens},
                          {"windows", result.windows},
+                         {"window_nll", result.window_nll},
                          {"scored", result.scored},
                          {"ctx", ctx},
                          {"bos", bos_name},

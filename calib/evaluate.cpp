@@ -158,6 +158,12 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
           scored_rows(other->run(ids, batch, after_layer), batch, reference->config().hidden);
       scores = score_tokens(subject.head(), hidden, other->head(), other_hidden, targets, options.threads);
     }
+    const std::uint64_t per_window = windows.length - 1;
+    for (std::uint64_t w = 0; w < batch.sequences; ++w) {
+      double sum = 0;
+      for (std::uint64_t i = 0; i < per_window; ++i) sum += scores[w * per_window + i].nll;
+      result.window_nll.push_back(sum / static_cast<double>(per_window));
+    }
     for (const TokenScore& score : scores) {
       nll.add(score.nll);
       kl_sum += score.kl;

@@ -3,18 +3,20 @@
 Run by scripts/gpu-check device; skipped without a GPU. FIREQ_DEVICE_REPORT=FILE keeps the figures as JSON.
 """
 import json
+import math
+import multiprocessing
 import os
-import shutil
 import unittest
 
 import numpy as np
 
 import oracle
-from harness import (DATA, ENVIRONMENT, STORIES_15M, TINY, TOLERANCE, TestCase, fireq, fireq_json, main, refused)
+from harness import (ENVIRONMENT, STORIES_15M, TINY, TOLERANCE, TestCase, fireq, fireq_json, main, refused)
 
-WINDOW, WINDOWS = 256, 24
-# What is evaluated and what calibrates: apart in the text.
-EVALUATE, CALIBRATE = (120_000, 40_000), (500_000, 20_000)
+WINDOW = 256
+# Characters of the text that are evaluated, and those that calibrate. Many: another order of summation redraws a
+# part of the rounding noise, and only its mean over many windows is small (docs/kernels/device.md).
+EVALUATE, CALIBRATE = (0, 900_000), (910_000, 20_000)
 FOLDERS = {
     "rtn": ("--preset", "rtn"),
     "rtn-sm90": ("--preset", "rtn", "--layout", "sm90"),
@@ -24,20 +26,33 @@ FOLDERS = {
 report = {}
 
 
+def encode(piece):
+    return oracle.SentencePiece(STORIES_15M / "tokenizer.model").encode(piece)
+
+
+def tokenize(text, path):
+    """In pieces, at once: that words at their borders may be cut otherwise does not matter here."""
+    pieces = [text[i:i + 20_000] for i in range(0, len(text), 20_000)]
+    with multiprocessing.Pool() as pool:
+        ids = [1] + [i for piece in pool.map(encode, pieces) for i in piece]
+    np.array(ids, "<u4").tofile(path)
+
+
 class OnTheGpu(TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        tokenizer = oracle.SentencePiece(STORIES_15M / "tokenizer.model")
-        text = TINY.read_bytes().decode()
-        cls.tokens = {}
-        for name, (begin, count) in {"evaluate": EVALUATE, "calibrate": CALIBRATE}.items():
-            ids = [1] + tokenizer.encode(text[begin:begin + count])
-            cls.tokens[name] = cls.shared / f"{name}.u32"
-            np.array(ids, "<u4").tofile(cls.tokens[name])
         probe = fireq("validate", cls.folder("rtn"), "--device", "cuda", "--quiet", code=None)
         if probe.code == ENVIRONMENT:
             raise unittest.SkipTest("no GPU: " + probe.err.strip())
+        text = TINY.read_bytes().decode()
+        cls.tokens = {}
+        for name, (begin, count) in {"evaluate": EVALUATE, "calibrate": CALIBRATE}.items():
+            cls.tokens[name] = cls.shared / f"{name}.u32"
+            tokenize(text[begin:begin + count], cls.tokens[name])
+        ids = np.fromfile(cls.tokens["evaluate"], "<u4")[:4 * WINDOW]
+        cls.tokens["few"] = cls.shared / "few.u32"
+        ids.tofile(cls.tokens["few"])
 
     @classmethod
     def folder(cls, name):
@@ -92,48 +107,56 @@ class OnTheGpu(TestCase):
                        code=TOLERANCE, parts=["42 checks", "out of tolerance", "on the device"])
         self.assertIn("rtn", line)
 
+    def evaluate(self, folder, tokens, *args):
+        return fireq_json("eval", self.folder(folder), "--tokens", self.tokens[tokens], "--ctx", WINDOW, "--bos",
+                          "none", *args)
+
     def test_perplexity_is_the_cpus(self):
-        for name in FOLDERS:
+        """To 1e-3, or to the noise that any other order of summation makes, where that is more."""
+        differences = {}
+        for name in ("rtn", "paper", "fast-sm90"):
             for kv in ("int4", "fp"):
                 with self.subTest(name, kv=kv):
-                    command = ("eval", self.folder(name), "--tokens", self.tokens["evaluate"], "--ctx", WINDOW,
-                               "--bos", "none", "--kv", kv)
-                    cpu = fireq_json(*command)
-                    gpu = fireq_json(*command, "--device", "cuda")
+                    cpu = self.evaluate(name, "evaluate", "--kv", kv)
+                    gpu = self.evaluate(name, "evaluate", "--kv", kv, "--device", "cuda")
                     self.assertEqual({"kind": "cpu"}, cpu["device"])
                     self.check_device(gpu["device"])
-                    self.assertGreaterEqual(gpu["windows"], WINDOWS)
                     self.assertEqual(cpu["scored"], gpu["scored"])
                     self.assertEqual(cpu["precision"], gpu["precision"])
-                    difference = abs(gpu["ppl"] / cpu["ppl"] - 1)
+                    change = np.array(gpu["window_nll"]) - np.array(cpu["window_nll"])
+                    noise = change.std(ddof=1) / math.sqrt(len(change))
+                    difference = gpu["ppl"] / cpu["ppl"] - 1
                     report.setdefault("eval", {})[f"{name}, {kv} cache"] = {
-                        "cpu": cpu["ppl"], "cuda": gpu["ppl"], "difference": difference, "scored": cpu["scored"],
-                        "cpu_seconds": cpu["seconds"], "cuda_seconds": gpu["seconds"]}
-                    self.assertLess(difference, 1e-3)
-                    # FP8 accumulation leaves its trace: equal to the last bit would mean that the CPU ran.
+                        "cpu": cpu["ppl"], "cuda": gpu["ppl"], "difference": difference, "standard_error": noise,
+                        "scored": cpu["scored"], "cpu_seconds": cpu["seconds"], "cuda_seconds": gpu["seconds"]}
+                    self.assertLess(noise, 1e-3, "too few windows to tell")
+                    self.assertLess(abs(difference), max(1e-3, 3 * noise))
+                    differences.setdefault(kv, []).append(difference)
+                    # Other sums leave their trace: equal to the last bit would mean that the CPU ran.
                     self.assertNotEqual(cpu["nll_per_token"], gpu["nll_per_token"])
+        # Noise of the folders is independent, a defect's bias would not be.
+        report["mean_difference"] = {kv: float(np.mean(d)) for kv, d in differences.items()}
+        for kv, mean in report["mean_difference"].items():
+            self.assertLess(abs(mean), 1e-3, kv)
 
-    def test_two_runs_agree_to_the_bit(self):
-        command = ("eval", self.folder("rtn"), "--tokens", self.tokens["evaluate"], "--ctx", WINDOW, "--bos", "none",
-                   "--device", "cuda")
-        first, second = (fireq_json(*command, "--threads", n) for n in (1, 3))
-        self.assertEqual(first["nll_per_token"], second["nll_per_token"])
+    def test_both_layouts_are_the_same_bits(self):
+        got = [self.evaluate(name, "few", "--device", "cuda")["nll_per_token"] for name in ("rtn", "rtn-sm90")]
+        self.assertEqual(*got)
+
+    def test_threads_do_not_matter(self):
+        got = [self.evaluate("rtn", "few", "--device", "cuda", "--threads", n)["nll_per_token"] for n in (1, 3)]
+        self.assertEqual(*got)
 
     def test_windows_alone_or_in_a_batch_agree(self):
-        """M = 256 a launch against M = all rows: other kernels or tiles, the same perplexity to rounding."""
-        ids = np.fromfile(self.tokens["evaluate"], "<u4")[:4 * WINDOW]
-        alone = []
+        """M = 256 a launch against M = all rows: perhaps other kernels or tiles, the same perplexity to noise."""
+        ids = np.fromfile(self.tokens["few"], "<u4")
+        together = self.evaluate("fast-sm90", "few", "--device", "cuda")["window_nll"]
+        self.assertEqual(4, len(together))
         for i in range(4):
-            path = self.tmp / f"{i}.u32"
-            ids[i * WINDOW:(i + 1) * WINDOW].tofile(path)
-            alone.append(fireq_json("eval", self.folder("rtn"), "--tokens", path, "--ctx", WINDOW, "--bos", "none",
-                                    "--device", "cuda")["nll_per_token"])
-        path = self.tmp / "all.u32"
-        ids.tofile(path)
-        together = fireq_json("eval", self.folder("rtn"), "--tokens", path, "--ctx", WINDOW, "--bos", "none",
-                              "--device", "cuda")
-        self.assertEqual(4, together["windows"])
-        self.assertAlmostEqual(np.mean(alone), together["nll_per_token"], delta=2e-3)
+            self.tokens[i] = self.tmp / f"{i}.u32"
+            ids[i * WINDOW:(i + 1) * WINDOW].tofile(self.tokens[i])
+            alone = self.evaluate("fast-sm90", i, "--device", "cuda")["nll_per_token"]
+            self.assertAlmostEqual(alone, together[i], delta=0.1)
 
     @classmethod
     def tearDownClass(cls):
