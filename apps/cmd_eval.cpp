@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/commands.hpp"
+#include "apps/device.hpp"
 #include "apps/tasks.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
@@ -16,6 +17,7 @@ namespace {
 struct Arguments {
   CommonOptions common;
   std::string model, reference, bos, weights, activations, kv, k, v, qp;
+  std::string device = "cpu";
   TextArguments text;
   std::vector<std::string> tasks;
   std::optional<std::uint64_t> ctx;
@@ -47,16 +49,34 @@ nlohmann::json precision_json(const calib::Precision& p, bool packed_weights) {
           {"p", p.fp8_p ? "fp8" : "fp"}};
 }
 
+// The kernels multiply packed operands with FP8 activations and nothing else.
+void check_device(const Arguments& a, const calib::WeightSource& model) {
+  if (a.device == "cpu") return;
+  if (!model.packed()) {
+    throw Error(ErrorKind::usage, "--device " + a.device + " needs a FireQ folder")
+        .path(a.model)
+        .hint("make one with fireq quantize");
+  }
+  if (a.weights == "original" || a.activations == "fp") {
+    throw Error(ErrorKind::usage, "--device " + a.device + " runs packed weights with FP8 activations")
+        .hint("leave out --weights original and --activations fp, or stay on the CPU");
+  }
+}
+
 int run(const Arguments& a) {
   if (!a.text.given() && a.tasks.empty())
     throw Error(ErrorKind::usage, "no text given").hint("use --text FILE, --tokens ids.u32 or --tasks FILE");
   if (a.text.given() && !a.tasks.empty())
     throw Error(ErrorKind::usage, "--tasks and a text exclude each other").hint("run eval once for each");
+  if (a.device != "cpu" && !a.tasks.empty())
+    throw Error(ErrorKind::usage, "--tasks run on the CPU").hint("leave out --device " + a.device);
   ConsoleProgress progress(a.common.quiet);
   const auto model = calib::open_weights(a.model);
   if (!model->packed() && a.weights == "packed") {
     throw Error(ErrorKind::usage, "--weights packed needs a FireQ folder").path(a.model);
   }
+  check_device(a, *model);
+  const auto gpu = open_device(a.device);
   std::unique_ptr<calib::WeightSource> reference;
   if (!a.reference.empty()) {
     reference = calib::open_weights(a.reference);
@@ -98,6 +118,9 @@ int run(const Arguments& a) {
   options.precision = precision_of(a, *model);
   options.threads = a.common.threads;
   options.reference = reference.get();
+  std::unique_ptr<calib::LinearBackend> backend;
+  if (gpu != nullptr) backend = make_backend(*gpu);
+  options.backend = backend.get();
   const calib::EvaluationResult result = calib::evaluate(tested, windows, options, progress);
   const std::uint64_t tokens = text.ids.size() + (bos == calib::Bos::head ? 1 : 0);
 
@@ -111,20 +134,23 @@ int run(const Arguments& a) {
     report.line(fmt::format("KL to the reference: mean {:.5f}, max {:.3f}; same top token {:.2f} %",
                             *result.kl_mean, *result.kl_max, 100 * *result.top1_agree));
   }
-  report.line(fmt::format("{:.0f} tokens/s",
-                          static_cast<double>(result.windows * ctx) / std::max(result.seconds, 1e-9)));
+  report.line(fmt::format("{:.0f} tokens/s{}",
+                          static_cast<double>(result.windows * ctx) / std::max(result.seconds, 1e-9),
+                          gpu == nullptr ? "" : ", linears on " + gpu->device().name));
 
   nlohmann::json json = {{"ppl", result.ppl},
                          {"nll_per_token", result.nll_per_token},
                          {"nll_stderr", result.nll_stderr},
                          {"tokens", tokens},
                          {"windows", result.windows},
+                         {"window_nll", result.window_nll},
                          {"scored", result.scored},
                          {"ctx", ctx},
                          {"bos", bos_name},
                          {"seconds", result.seconds},
                          {"cpu_seconds", result.cpu_seconds},
-                         {"precision", precision_json(options.precision, tested.packed())}};
+                         {"precision", precision_json(options.precision, tested.packed())},
+                         {"device", device_json(gpu.get())}};
   if (result.kl_mean) {
     json["kl_mean"] = *result.kl_mean;
     json["kl_max"] = *result.kl_max;
@@ -159,6 +185,8 @@ void add_eval(CLI::App& app, Runner& runner) {
       ->check(CLI::IsMember({"fp", "fp8"}));
   cmd->add_option("--reference", a->reference, "Original model: KL and agreement are measured against it")
       ->type_name("HF_DIR");
+  add_device_option(*cmd, a->device,
+                    "Where the packed linears run: cpu, or cuda (the rest stays on the CPU)");
   add_common_options(*cmd, a->common);
   cmd->footer(
       "Examples:\n"

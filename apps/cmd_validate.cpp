@@ -1,16 +1,20 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "apps/attribution.hpp"
 #include "apps/commands.hpp"
+#include "apps/device.hpp"
 #include "apps/linear_check_json.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "calib/validate.hpp"
 #include "common/error.hpp"
+#include "formats/statistics.hpp"
 
 namespace fireq::apps {
 namespace {
@@ -18,10 +22,11 @@ namespace {
 struct Arguments {
   CommonOptions common;
   std::string model, reference;
+  std::string device = "cpu";
   ComparisonText text;
   bool attribute = false;
   std::uint64_t seed = 0;
-  double max_rel_error = 0.5, max_product_error = 1e-5, max_kl = 0;
+  double max_rel_error = 0.5, max_product_error = 1e-5, max_kl = 0, max_device_error = 2.6e-3;
 };
 
 // KL and agreement over the windows, everything the folder asks for switched on.
@@ -46,6 +51,66 @@ std::string check_line(const calib::LinearCheck& c) {
   return line + fmt::format("  product {:.1e}", c.product_relative_error);
 }
 
+// The same linears on the GPU, worst first.
+std::vector<calib::DeviceLinearCheck> check_on_device(const Arguments& a, const calib::WeightSource& model,
+                                                      kernels::GpuSession& gpu, Progress& progress) {
+  calib::DeviceCheckOptions options;
+  options.seed = a.seed;
+  options.threads = a.common.threads;
+  options.tolerance = a.max_device_error;
+  std::optional<formats::CalibrationStatistics> statistics;
+  const std::string path = a.model + "/calibration.h5";
+  if (std::filesystem::exists(path)) {
+    statistics = formats::read_statistics(path);
+    options.statistics = &*statistics;
+  }
+  const auto probe = make_probe(gpu);
+  auto checks = calib::check_device_linears(model, *probe, options, progress);
+  // Failures of any kind before errors within the limit; NaN counts as a failure.
+  const auto rank = [](const calib::DeviceLinearCheck& c) {
+    const auto& worst = c.worst_product();
+    return std::pair(c.failures().size(),
+                     std::isnan(worst.relative_error) ? HUGE_VAL : worst.relative_error / worst.limit);
+  };
+  std::stable_sort(checks.begin(), checks.end(),
+                   [&](const auto& x, const auto& y) { return rank(x) > rank(y); });
+  return checks;
+}
+
+std::string device_line(const calib::DeviceLinearCheck& c) {
+  const auto& worst = c.worst_product();
+  const auto failures = c.failures();
+  return fmt::format(
+      "{:<40} {:>6} x {:<6}  {}  product {:.2e} (M {}, {}, {})", c.name, c.rows, c.cols,
+      failures.empty() ? "bits equal" : "FAILED: " + fmt::format("{}", fmt::join(failures, ", ")),
+      worst.relative_error, worst.tokens, worst.activations, worst.kernel);
+}
+
+nlohmann::json device_check_json(const calib::DeviceLinearCheck& c) {
+  nlohmann::json products = nlohmann::json::array();
+  for (const auto& p : c.products) {
+    nlohmann::json product = {{"tokens", p.tokens},
+                              {"activations", p.activations},
+                              {"kernel", p.kernel},
+                              {"rel_error", nullptr},
+                              {"limit", p.limit}};
+    if (std::isfinite(p.relative_error)) product["rel_error"] = p.relative_error;
+    products.push_back(std::move(product));
+  }
+  return {{"name", c.name},
+          {"rows", c.rows},
+          {"cols", c.cols},
+          {"wrong_tile_bytes", c.wrong_tile_bytes},
+          {"wrong_unpacked_bytes", c.wrong_unpacked_bytes},
+          {"wrong_operands", c.wrong_operands},
+          {"wrong_token_values", c.wrong_token_values},
+          {"unwritten_outputs", c.unwritten_outputs},
+          {"outputs_that_vary", c.outputs_that_vary},
+          {"kernels", c.kernels},
+          {"products", products},
+          {"failures", c.failures()}};
+}
+
 int run(const Arguments& a) {
   if (a.text.text.given() && a.reference.empty()) {
     throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
@@ -58,6 +123,7 @@ int run(const Arguments& a) {
   if (!model->packed()) {
     throw Error(ErrorKind::usage, "not a FireQ folder").path(a.model).hint("make one with fireq quantize");
   }
+  const auto gpu = open_device(a.device);
   std::unique_ptr<calib::WeightSource> reference;
   std::unique_ptr<calib::WeightSource> folded;
   if (!a.reference.empty()) {
@@ -109,6 +175,17 @@ int run(const Arguments& a) {
     }
     if (a.max_kl > 0 && !(*r.kl_mean <= a.max_kl)) failures.emplace_back("KL on the text");
   }
+  json["device"] = device_json(gpu.get());
+  if (gpu != nullptr) {
+    report.line("on " + gpu->device().name + ":");
+    nlohmann::json device_linears = nlohmann::json::array();
+    for (const calib::DeviceLinearCheck& c : check_on_device(a, *model, *gpu, progress)) {
+      report.line(device_line(c));
+      device_linears.push_back(device_check_json(c));
+      if (!c.failures().empty()) failures.push_back(c.name + ": " + c.failures().front() + " on the device");
+    }
+    json["device"]["linears"] = device_linears;
+  }
   json["failures"] = failures;
   report.line(fmt::format("{}: {} linears, structure ok, {} out of tolerance", a.model, checks.size(),
                           failures.size()));
@@ -140,15 +217,22 @@ void add_validate(CLI::App& app, Runner& runner) {
       ->capture_default_str();
   cmd->add_option("--max-product-error", a->max_product_error, "Tolerance of the product against FP64")
       ->capture_default_str();
+  cmd->add_option("--max-device-error", a->max_device_error,
+                  "Tolerance of a product on the device against FP64 (half as much again under 1024 outputs)")
+      ->capture_default_str();
   cmd->add_option("--max-kl", a->max_kl, "Tolerance of the mean KL on the text (0: none)")
       ->capture_default_str();
+  add_device_option(
+      *cmd, a->device,
+      "cuda: check on the GPU, too, that every linear's bytes, operands and products are right");
   add_common_options(*cmd, a->common);
   cmd->footer(
       "Exit code 3: a rule of the format is broken; 1: compared and out of tolerance.\n"
       "Examples:\n"
       "  fireq validate out\n"
       "  fireq validate out --reference model --text test.txt --max-kl 0.2\n"
-      "  fireq validate out --reference model --text test.txt --max-tokens 4096 --attribute");
+      "  fireq validate out --reference model --text test.txt --max-tokens 4096 --attribute\n"
+      "  fireq validate out --device cuda --json device.json");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }
 

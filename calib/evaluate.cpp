@@ -29,8 +29,8 @@ std::uint64_t token_bytes(const formats::ModelConfig& config) {
 class Model {
  public:
   Model(const WeightSource& source, const Precision& precision, int threads, bool keep,
-        std::uint64_t part_rows)
-      : runner_(source, precision, threads, keep), head_(source, keep, part_rows, threads) {}
+        std::uint64_t part_rows, LinearBackend* backend)
+      : runner_(source, precision, threads, keep, backend), head_(source, keep, part_rows, threads) {}
 
   std::span<const float> run(std::span<const std::int32_t> ids, const Batch& batch,
                              const std::function<void(std::uint64_t)>& after_layer) {
@@ -96,8 +96,13 @@ void check_same_tokens(const WeightSource& model, const WeightSource& reference)
 EvaluationResult evaluate(const WeightSource& model, const Windows& windows, const EvaluationOptions& options,
                           Progress& progress) {
   check_windows(windows);
+  if (options.backend != nullptr && (!model.packed() || !options.precision.fp8_activations)) {
+    throw Error(ErrorKind::usage, "only packed weights with FP8 activations run on a device")
+        .path(model.reader().folder());
+  }
   const WeightSource* reference = options.reference;
-  std::uint64_t bytes = layer_bytes(model.config()) + head_bytes(model.config());
+  std::uint64_t bytes =
+      (options.backend == nullptr ? layer_bytes(model.config()) : 0) + head_bytes(model.config());
   std::uint64_t per_token = token_bytes(model.config());
   std::uint64_t widest = model.config().hidden;
   std::uint64_t layers = model.config().layers;
@@ -113,11 +118,11 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   const std::uint64_t chunk = std::max<std::uint64_t>(1, chunk_tokens / windows.length);
 
   const std::uint64_t part_rows = OutputHead::part_rows_for(widest);
-  Model subject(model, options.precision, options.threads, keep, part_rows);
+  Model subject(model, options.precision, options.threads, keep, part_rows, options.backend);
   std::unique_ptr<Model> other;
   if (reference != nullptr) {
-    other =
-        std::make_unique<Model>(*reference, options.reference_precision, options.threads, keep, part_rows);
+    other = std::make_unique<Model>(*reference, options.reference_precision, options.threads, keep, part_rows,
+                                    nullptr);
   }
   const auto loading = [&] { return subject.load_seconds() + (other ? other->load_seconds() : 0.0); };
 
@@ -152,6 +157,12 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
       const std::vector<float> other_hidden =
           scored_rows(other->run(ids, batch, after_layer), batch, reference->config().hidden);
       scores = score_tokens(subject.head(), hidden, other->head(), other_hidden, targets, options.threads);
+    }
+    const std::uint64_t per_window = windows.length - 1;
+    for (std::uint64_t w = 0; w < batch.sequences; ++w) {
+      double sum = 0;
+      for (std::uint64_t i = 0; i < per_window; ++i) sum += scores[w * per_window + i].nll;
+      result.window_nll.push_back(sum / static_cast<double>(per_window));
     }
     for (const TokenScore& score : scores) {
       nll.add(score.nll);

@@ -18,8 +18,9 @@ namespace fireq::calib {
 struct EvaluationResult {
   double ppl = 0, nll_per_token = 0, nll_stderr = 0;  // stderr of the mean over scored tokens
   std::uint64_t tokens = 0, windows = 0, scored = 0;
-  double seconds = 0;      // forward and scoring, without loading and tokenising
-  double cpu_seconds = 0;  // of all threads, over the same span; a streamed model's loading counts
+  std::vector<double> window_nll;  // mean of each window, for comparing two runs window by window
+  double seconds = 0;              // forward and scoring, without loading and tokenising
+  double cpu_seconds = 0;          // of all threads, over the same span; a streamed model's loading counts
   // With a reference: KL(reference || model) in nats per scored token, and share of equal argmax.
   std::optional<double> kl_mean, kl_max, top1_agree;
 };
@@ -27,6 +28,9 @@ struct EvaluationResult {
 struct EvaluationOptions {
   Precision precision;
   int threads = 0;
+  // Runs the model's quantised linears (the reference's stay on the CPU). The model must be packed and
+  // precision.fp8_activations on: Error(usage) otherwise.
+  LinearBackend* backend = nullptr;
   const WeightSource* reference = nullptr;  // run in FP32
   Precision reference_precision;
 };

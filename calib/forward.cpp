@@ -68,7 +68,15 @@ void for_each_task(std::size_t n, int threads, const std::function<void(std::siz
 struct BlockArea {
   FloatBuffer x, q, k, v, gate, up;
   std::vector<float> token_scale;
-  std::vector<float> head;  // one value vector, quantised
+  // With a backend: x in bf16, dense, and what the backend gives back.
+  std::vector<std::uint16_t> x16, y16[3];
+};
+
+// One linear of those that read the same input, and where its outputs go.
+struct LinearOutput {
+  LinearIndex which;
+  float* y;
+  std::size_t ldy;
 };
 
 struct QueryArea {
@@ -110,78 +118,14 @@ class Recorder {
 
 }  // namespace
 
-RopeTable::RopeTable(const formats::ModelConfig& config, std::uint64_t positions)
-    : half(config.head_dim / 2) {
-  const std::vector<float> frequency = formats::rope_inverse_frequencies(config);
-  cosine.resize(positions * half);
-  sine.resize(positions * half);
-  for (std::uint64_t p = 0; p < positions; ++p) {
-    for (std::uint64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(p) * frequency[i];  // FP32, as transformers computes it
-      cosine[p * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      sine[p * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
-  }
-}
-
-std::uint64_t LayerPanels::bytes() const noexcept {
-  std::uint64_t sum = 0;
-  for (const LinearPanels& l : linear) {
-    sum += l.weight.bytes() + (l.row_scale.size() + l.bias.size()) * sizeof(float);
-  }
-  return sum + (attn_norm.size() + mlp_norm.size()) * sizeof(float);
-}
-
-LayerPanels pack_layer(LayerWeights&& weights, int threads) {
-  LayerPanels out;
-  for (std::size_t i = 0; i < kLinears; ++i) {
-    LinearWeights& from = weights.linear[i];
-    out.linear[i].weight = Panels(from.weight, from.rows, from.cols, threads);
-    std::vector<float>().swap(from.weight);
-    out.linear[i].row_scale = std::move(from.row_scale);
-    out.linear[i].bias = std::move(from.bias);
-  }
-  out.attn_norm = std::move(weights.attn_norm);
-  out.mlp_norm = std::move(weights.mlp_norm);
-  out.q_norm = std::move(weights.q_norm);
-  out.k_norm = std::move(weights.k_norm);
-  out.k_post_rope_scale = std::move(weights.k_post_rope_scale);
-  return out;
-}
-
-void apply_linear(const LinearPanels& linear, const float* x, std::size_t ldx, std::size_t m,
-                  const float* token_scale, bool round_bf16, float* y, std::size_t ldy, int threads) {
-  multiply(x, ldx, m, linear.weight, y, ldy, threads);
-  const std::uint64_t n = linear.weight.rows();
-  const std::vector<float>& scales = linear.row_scale;
-  std::vector<std::uint16_t> half(round_bf16 ? n : 0);
-  for (std::size_t i = 0; i < m; ++i) {
-    float* row = y + i * ldy;
-    if (token_scale != nullptr || !scales.empty()) {
-      const float a = token_scale == nullptr ? 1.0F : token_scale[i];
-      if (scales.size() == n && n > 1) {
-        for (std::uint64_t j = 0; j < n; ++j) row[j] *= a * scales[j];
-      } else {
-        const float factor = scales.empty() ? a : a * scales[0];
-        for (std::uint64_t j = 0; j < n; ++j) row[j] *= factor;
-      }
-    }
-    if (!linear.bias.empty()) {
-      for (std::uint64_t j = 0; j < n; ++j) row[j] += linear.bias[j];
-    }
-    if (round_bf16) {
-      libquant::encode_bf16(std::span<const float>(row, n), half);
-      libquant::decode_bf16(half, std::span<float>(row, n));
-    }
-  }
-}
-
 struct LayerRunner::Impl {
-  Impl(formats::ModelConfig c, const Precision& p, int t) : config(std::move(c)), precision(p), threads(t) {}
+  Impl(formats::ModelConfig c, const Precision& p, int t, LinearBackend* b)
+      : config(std::move(c)), precision(p), threads(t), backend(b) {}
 
   const formats::ModelConfig config;
   const Precision precision;
   const int threads;
+  LinearBackend* const backend;
   Pool<BlockArea> blocks;
   Pool<QueryArea> queries;
   FloatBuffer query, query_scale, attention;  // [rows, q_rows], [rows, heads], [rows, q_rows]
@@ -213,12 +157,41 @@ struct LayerRunner::Impl {
                          ", " + token_name(call.batch, row));
   }
 
-  // Input of a linear: recorded, checked and, when asked, quantised per token.
-  void take_input(const Call& call, Site site, std::uint64_t row, float* x, std::uint64_t n,
-                  float& token_scale) const {
+  // Input of a linear, row i of the area: recorded, checked and, when asked, quantised per token (with a
+  // backend: rounded to bf16, which is what its quantiser takes).
+  void take_input(const Call& call, Site site, std::uint64_t row, float* x, std::uint64_t n, BlockArea& area,
+                  std::uint64_t i) const {
     check(call, site, row, x, n);
     call.recorder.put(site, row, 0, x, n);
-    if (precision.fp8_activations) token_scale = libquant::quantize_token_in_place({x, n});
+    if (backend != nullptr) {
+      libquant::round_token({x, n}, std::span(area.x16).subspan(i * n, n));
+    } else if (precision.fp8_activations) {
+      area.token_scale[i] = libquant::quantize_token_in_place({x, n});
+    }
+  }
+  void prepare_inputs(std::uint64_t m, std::uint64_t n, BlockArea& area) const {
+    area.token_scale.resize(m);
+    if (backend != nullptr) area.x16.resize(m * n);
+  }
+
+  // Calls body(first, last) for the rows of a block: all of them here, or, when a backend has the whole batch
+  // in one block, cut over the threads.
+  void each_rows(std::uint64_t m, const std::function<void(std::uint64_t, std::uint64_t)>& body) const {
+    if (backend == nullptr) return body(0, m);
+    for_each_task((m + kTokenBlock - 1) / kTokenBlock, threads, [&](std::size_t block) {
+      body(block * kTokenBlock, std::min((block + 1) * kTokenBlock, m));
+    });
+  }
+  // The same for a whole batch: blocks of tokens over the threads, or one block for a backend.
+  void each_block(std::uint64_t rows,
+                  const std::function<void(std::uint64_t, std::uint64_t, BlockArea&)>& body) {
+    const std::uint64_t step = backend == nullptr ? kTokenBlock : rows;
+    const auto task = [&](std::size_t block) {
+      Pool<BlockArea>::Loan area(blocks);
+      body(block * step, std::min((block + 1) * step, rows), *area);
+    };
+    if (backend != nullptr) return task(0);  // on this thread, so that each_rows may use the others
+    for_each_task((rows + step - 1) / step, threads, task);
   }
 
   void linear(const Call& call, LinearIndex which, const BlockArea& area, std::size_t ldx, std::size_t m,
@@ -227,11 +200,22 @@ struct LayerRunner::Impl {
                  precision.fp8_activations ? area.token_scale.data() : nullptr, precision.fp8_activations, y,
                  ldy, threads);
   }
+  // The linears `outputs` of the m inputs in the area, rows of n values; the area's x may be changed.
+  void linears(const Call& call, std::span<const LinearOutput> outputs, BlockArea& area, std::uint64_t n,
+               std::size_t ldx, std::uint64_t m) const {
+    if (backend == nullptr) {
+      for (const LinearOutput& o : outputs) linear(call, o.which, area, ldx, m, o.y, o.ldy);
+    } else {
+      linears_elsewhere(call, outputs, area, n, ldx, m);
+    }
+  }
+  void linears_elsewhere(const Call& call, std::span<const LinearOutput> outputs, BlockArea& area,
+                         std::uint64_t n, std::size_t ldx, std::uint64_t m) const;
 
   void project(const Call& call, std::uint64_t begin, std::uint64_t end, BlockArea& area);
   void store_query(const Call& call, std::uint64_t row, float* q);
   void store_key_value(const Call& call, std::uint64_t row, float* k, const float* v,
-                       std::vector<float>& head);
+                       std::vector<float>& head);  // head: room for one value vector
   void attend_queries(const Call& call, std::uint64_t sequence, std::uint64_t kv_head, std::uint64_t begin,
                       std::uint64_t end);
   void finish(const Call& call, std::uint64_t begin, std::uint64_t end, BlockArea& area);
@@ -249,20 +233,65 @@ void LayerRunner::Impl::project(const Call& call, std::uint64_t begin, std::uint
   area.q.resize(m * ldq);
   area.k.resize(m * ldk);
   area.v.resize(m * ldk);
-  area.token_scale.resize(m);
-  for (std::uint64_t i = 0; i < m; ++i) {
-    float* x = area.x.data() + i * ldx;
-    simd::kernels().rms_norm(call.hidden + (begin + i) * config.hidden, call.weights.attn_norm.data(),
-                             static_cast<float>(config.rms_eps), config.hidden, x);
-    take_input(call, Site::attn_in, begin + i, x, config.hidden, area.token_scale[i]);
+  prepare_inputs(m, config.hidden, area);
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    for (std::uint64_t i = first; i < last; ++i) {
+      float* x = area.x.data() + i * ldx;
+      simd::kernels().rms_norm(call.hidden + (begin + i) * config.hidden, call.weights.attn_norm.data(),
+                               static_cast<float>(config.rms_eps), config.hidden, x);
+      take_input(call, Site::attn_in, begin + i, x, config.hidden, area, i);
+    }
+  });
+  linears(call,
+          std::array<LinearOutput, 3>{
+              {{kQ, area.q.data(), ldq}, {kK, area.k.data(), ldk}, {kV, area.v.data(), ldk}}},
+          area, config.hidden, ldx, m);
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    std::vector<float> head;
+    for (std::uint64_t i = first; i < last; ++i) {
+      store_query(call, begin + i, area.q.data() + i * ldq);
+      store_key_value(call, begin + i, area.k.data() + i * ldk, area.v.data() + i * ldk, head);
+    }
+  });
+}
+
+// What a backend has runs there on all m rows; what the folder leaves unquantised runs here, in blocks.
+void LayerRunner::Impl::linears_elsewhere(const Call& call, std::span<const LinearOutput> outputs,
+                                          BlockArea& area, std::uint64_t n, std::size_t ldx,
+                                          std::uint64_t m) const {
+  std::vector<LinearIndex> there;
+  std::vector<std::span<std::uint16_t>> results;
+  std::vector<LinearOutput> here;
+  for (const LinearOutput& o : outputs) {
+    if (call.weights.linear[o.which].weight.rows() != 0) {
+      here.push_back(o);
+      continue;
+    }
+    std::vector<std::uint16_t>& y = area.y16[there.size()];
+    y.resize(m * formats::linear_shape(config, o.which)[0]);
+    there.push_back(o.which);
+    results.emplace_back(y);
   }
-  linear(call, kQ, area, ldx, m, area.q.data(), ldq);
-  linear(call, kK, area, ldx, m, area.k.data(), ldk);
-  linear(call, kV, area, ldx, m, area.v.data(), ldk);
-  for (std::uint64_t i = 0; i < m; ++i) {
-    store_query(call, begin + i, area.q.data() + i * ldq);
-    store_key_value(call, begin + i, area.k.data() + i * ldk, area.v.data() + i * ldk, area.head);
+  if (!there.empty()) backend->multiply(call.layer, there, area.x16, m, results);
+  std::size_t next = 0;
+  for (const LinearOutput& o : outputs) {
+    if (call.weights.linear[o.which].weight.rows() != 0) continue;
+    const std::span<const std::uint16_t> from = results[next++];
+    const std::uint64_t width = from.size() / m;
+    each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+      for (std::uint64_t i = first; i < last; ++i)
+        libquant::decode_bf16(from.subspan(i * width, width), std::span(o.y + i * o.ldy, width));
+    });
   }
+  if (here.empty()) return;
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    float* x = area.x.data() + first * ldx;
+    for (std::uint64_t i = first; i < last; ++i)
+      area.token_scale[i] = libquant::quantize_token_in_place({area.x.data() + i * ldx, n});
+    for (const LinearOutput& o : here)
+      apply_linear(call.weights.linear[o.which], x, ldx, last - first, area.token_scale.data() + first, true,
+                   o.y + first * o.ldy, o.ldy, threads);
+  });
 }
 
 void LayerRunner::Impl::store_query(const Call& call, std::uint64_t row, float* q) {
@@ -370,36 +399,46 @@ void LayerRunner::Impl::finish(const Call& call, std::uint64_t begin, std::uint6
   area.q.resize(m * ldx);
   area.gate.resize(m * ldf);
   area.up.resize(m * ldf);
-  area.token_scale.resize(m);
   const auto add_residual = [&] {
-    for (std::uint64_t i = 0; i < m; ++i) {
-      float* h = call.hidden + (begin + i) * config.hidden;
-      const float* y = area.q.data() + i * ldx;
-      for (std::uint64_t c = 0; c < config.hidden; ++c) h[c] += y[c];
-    }
+    each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+      for (std::uint64_t i = first; i < last; ++i) {
+        float* h = call.hidden + (begin + i) * config.hidden;
+        const float* y = area.q.data() + i * ldx;
+        for (std::uint64_t c = 0; c < config.hidden; ++c) h[c] += y[c];
+      }
+    });
   };
-  for (std::uint64_t i = 0; i < m; ++i) {
-    float* x = area.x.data() + i * ldo;
-    std::copy_n(attention.data() + (begin + i) * config.q_rows(), config.q_rows(), x);
-    take_input(call, Site::o_in, begin + i, x, config.q_rows(), area.token_scale[i]);
-  }
-  linear(call, kO, area, ldo, m, area.q.data(), ldx);
+  prepare_inputs(m, config.q_rows(), area);
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    for (std::uint64_t i = first; i < last; ++i) {
+      float* x = area.x.data() + i * ldo;
+      std::copy_n(attention.data() + (begin + i) * config.q_rows(), config.q_rows(), x);
+      take_input(call, Site::o_in, begin + i, x, config.q_rows(), area, i);
+    }
+  });
+  linears(call, std::array<LinearOutput, 1>{{{kO, area.q.data(), ldx}}}, area, config.q_rows(), ldo, m);
   add_residual();
-  for (std::uint64_t i = 0; i < m; ++i) {
-    float* x = area.x.data() + i * ldx;
-    simd::kernels().rms_norm(call.hidden + (begin + i) * config.hidden, call.weights.mlp_norm.data(),
-                             static_cast<float>(config.rms_eps), config.hidden, x);
-    take_input(call, Site::mlp_in, begin + i, x, config.hidden, area.token_scale[i]);
-  }
-  linear(call, kGate, area, ldx, m, area.gate.data(), ldf);
-  linear(call, kUp, area, ldx, m, area.up.data(), ldf);
-  for (std::uint64_t i = 0; i < m; ++i) {
-    float* x = area.gate.data() + i * ldf;
-    simd::kernels().silu_mul(x, area.up.data() + i * ldf, config.ffn);
-    take_input(call, Site::down_in, begin + i, x, config.ffn, area.token_scale[i]);
-  }
+  prepare_inputs(m, config.hidden, area);
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    for (std::uint64_t i = first; i < last; ++i) {
+      float* x = area.x.data() + i * ldx;
+      simd::kernels().rms_norm(call.hidden + (begin + i) * config.hidden, call.weights.mlp_norm.data(),
+                               static_cast<float>(config.rms_eps), config.hidden, x);
+      take_input(call, Site::mlp_in, begin + i, x, config.hidden, area, i);
+    }
+  });
+  linears(call, std::array<LinearOutput, 2>{{{kGate, area.gate.data(), ldf}, {kUp, area.up.data(), ldf}}},
+          area, config.hidden, ldx, m);
+  prepare_inputs(m, config.ffn, area);
+  each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
+    for (std::uint64_t i = first; i < last; ++i) {
+      float* x = area.gate.data() + i * ldf;
+      simd::kernels().silu_mul(x, area.up.data() + i * ldf, config.ffn);
+      take_input(call, Site::down_in, begin + i, x, config.ffn, area, i);
+    }
+  });
   area.x.swap(area.gate);
-  linear(call, kDown, area, ldf, m, area.q.data(), ldx);
+  linears(call, std::array<LinearOutput, 1>{{{kDown, area.q.data(), ldx}}}, area, config.ffn, ldf, m);
   add_residual();
 }
 
@@ -415,11 +454,8 @@ void LayerRunner::Impl::run(const Call& call) {
   call.recorder.start(Site::down_in, rows, config.ffn);
 
   attend_all(call);
-  const std::uint64_t token_blocks = (rows + kTokenBlock - 1) / kTokenBlock;
-  for_each_task(token_blocks, threads, [&](std::size_t block) {
-    Pool<BlockArea>::Loan area(blocks);
-    finish(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
-  });
+  each_block(
+      rows, [&](std::uint64_t begin, std::uint64_t end, BlockArea& area) { finish(call, begin, end, area); });
   for (std::size_t site = 0; site < formats::kSites; ++site) call.recorder.tell(static_cast<Site>(site));
 }
 
@@ -429,10 +465,8 @@ void LayerRunner::Impl::attend_all(const Call& call) {
   query.resize(rows * config.q_rows());
   query_scale.resize(rows * config.heads);
   attention.resize(rows * config.q_rows());
-  const std::uint64_t token_blocks = (rows + kTokenBlock - 1) / kTokenBlock;
-  for_each_task(token_blocks, threads, [&](std::size_t block) {
-    Pool<BlockArea>::Loan area(blocks);
-    project(call, block * kTokenBlock, std::min((block + 1) * kTokenBlock, rows), *area);
+  each_block(rows, [&](std::uint64_t begin, std::uint64_t end, BlockArea& area) {
+    project(call, begin, end, area);
   });
   const std::uint64_t query_blocks = (call.batch.length + kQueryBlock - 1) / kQueryBlock;
   for_each_task(call.batch.sequences * config.kv_heads * query_blocks, threads, [&](std::size_t task) {
@@ -443,8 +477,9 @@ void LayerRunner::Impl::attend_all(const Call& call) {
   });
 }
 
-LayerRunner::LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads)
-    : impl_(std::make_unique<Impl>(config, precision, threads)) {}
+LayerRunner::LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads,
+                         LinearBackend* backend)
+    : impl_(std::make_unique<Impl>(config, precision, threads, backend)) {}
 LayerRunner::~LayerRunner() = default;
 
 void LayerRunner::run(const LayerPanels& weights, std::uint64_t layer, const RopeTable& rope,

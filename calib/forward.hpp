@@ -13,6 +13,7 @@
 
 #include "calib/gemm.hpp"
 #include "calib/kv_cache.hpp"
+#include "calib/linear_backend.hpp"
 #include "calib/weights.hpp"
 #include "formats/statistics.hpp"
 
@@ -48,7 +49,7 @@ struct RopeTable {
 
 // A layer's weights with its matrices in panels, ready to multiply.
 struct LinearPanels {
-  Panels weight;
+  Panels weight;                       // empty: a backend has it
   std::vector<float> row_scale, bias;  // as in LinearWeights
 };
 struct LayerPanels {
@@ -74,7 +75,10 @@ struct Batch {
 // Runs layers. Keeps its work areas from one layer to the next; not for two threads at a time.
 class LayerRunner {
  public:
-  LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads);
+  // backend: runs the linears whose panels are empty, each over all rows of a batch at once; needs
+  // precision.fp8_activations.
+  LayerRunner(const formats::ModelConfig& config, const Precision& precision, int threads,
+              LinearBackend* backend = nullptr);
   ~LayerRunner();
   LayerRunner(const LayerRunner&) = delete;
   LayerRunner& operator=(const LayerRunner&) = delete;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "common/error.hpp"
 #include "common/progress.hpp"
@@ -17,10 +18,12 @@ std::uint64_t head_bytes(const formats::ModelConfig& config) noexcept {
   return config.vocab * config.hidden * sizeof(float);
 }
 
-ModelRunner::ModelRunner(const WeightSource& source, const Precision& precision, int threads, bool keep)
+ModelRunner::ModelRunner(const WeightSource& source, const Precision& precision, int threads, bool keep,
+                         LinearBackend* backend)
     : source_(source),
       threads_(threads),
-      runner_(source.config(), precision, threads),
+      backend_(backend),
+      runner_(source.config(), precision, threads, backend),
       rope_(source.config(), 0) {
   if (!keep) return;
   for (std::uint64_t layer = 0; layer < source.config().layers; ++layer) {
@@ -31,7 +34,16 @@ ModelRunner::ModelRunner(const WeightSource& source, const Precision& precision,
 
 LayerPanels ModelRunner::load(std::uint64_t layer) {
   const auto start = std::chrono::steady_clock::now();
-  LayerPanels panels = pack_layer(source_.load_layer(layer, threads_), threads_);
+  LayerWeights weights =
+      backend_ == nullptr ? source_.load_layer(layer, threads_) : source_.load_unquantized(layer, threads_);
+  if (backend_ != nullptr && layer >= handed_over_) {
+    for (std::size_t i = 0; i < kLinears; ++i) {
+      if (!weights.linear[i].weight.empty()) continue;  // one that the folder leaves unquantised
+      backend_->load(layer, static_cast<LinearIndex>(i), source_.quantized(layer, i), weights.linear[i].bias);
+    }
+    handed_over_ = layer + 1;
+  }
+  LayerPanels panels = pack_layer(std::move(weights), threads_);
   load_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return panels;
 }

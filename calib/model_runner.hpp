@@ -18,8 +18,10 @@ std::uint64_t head_bytes(const formats::ModelConfig& config) noexcept;
 
 class ModelRunner {
  public:
-  // keep: load every layer once, now; else each run loads them in turn.
-  ModelRunner(const WeightSource& source, const Precision& precision, int threads, bool keep);
+  // keep: load every layer once, now; else each run loads them in turn. With a backend (the source packed,
+  // precision.fp8_activations on) it keeps all quantised linears after the first run, and runs them.
+  ModelRunner(const WeightSource& source, const Precision& precision, int threads, bool keep,
+              LinearBackend* backend = nullptr);
 
   // Embeds ids [sequences, length] and runs all layers: hidden [sequences * length, hidden] gets the last
   // layer's output, before the final norm. caches: one per layer for a sequence that goes on, or empty.
@@ -35,9 +37,11 @@ class ModelRunner {
 
   const WeightSource& source_;
   const int threads_;
+  LinearBackend* const backend_;
   LayerRunner runner_;
   RopeTable rope_;
   std::vector<LayerPanels> layers_;  // all of them or none
+  std::uint64_t handed_over_ = 0;    // layers [0, handed_over_) are with the backend
   double load_seconds_ = 0;
 };
 

@@ -1,10 +1,10 @@
 #include "calib/validate.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <random>
 
+#include "calib/exact_e4m3.hpp"
 #include "calib/gemm.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -18,31 +18,6 @@ namespace {
 
 using libquant::kGroupSize;
 using libquant::QuantizedLinear;
-
-// RN8 of a non-negative double by search in the value table: the definition once more, on a path of its own.
-class ExactE4m3 {
- public:
-  ExactE4m3() {
-    for (std::size_t b = 0; b < value_.size(); ++b) {
-      const auto exponent = static_cast<int>(b >> 3U);
-      const auto mantissa = static_cast<double>(b & 7U);
-      value_[b] = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-    }
-  }
-  double value(std::uint8_t byte) const { return value_[byte]; }
-  double round(double x) const {
-    if (x >= value_.back()) return value_.back();
-    const auto above =
-        static_cast<std::size_t>(std::upper_bound(value_.begin(), value_.end(), x) - value_.begin());
-    const std::size_t below = above - 1;
-    const double middle = 0.5 * (value_[below] + value_[above]);
-    if (x != middle) return x < middle ? value_[below] : value_[above];
-    return below % 2 == 0 ? value_[below] : value_[above];
-  }
-
- private:
-  std::array<double, 127> value_{};  // bytes 0x00 .. 0x7e
-};
 
 // Random activations with a few outlier channels, quantised per token.
 struct Tokens {

@@ -195,7 +195,8 @@ std::vector<float> FolderWeights::vector(const std::string& name) const {
   return values(name, 0, reader_.tensor(name).elements(), 1);
 }
 
-LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear, int threads) const {
+LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear, bool operands,
+                                         int threads) const {
   const auto shape = formats::linear_shape(config_, linear);
   LinearWeights out;
   out.name = formats::linear_names(layer)[linear];
@@ -203,7 +204,7 @@ LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear
   out.cols = shape[1];
   const Source source = source_of(layer, linear);
   if (is_packed(out.name)) {
-    load_operands(layer, linear, threads, out);
+    if (operands) load_operands(layer, linear, threads, out);
   } else {
     out.weight = values(source.name + ".weight", source.begin * shape[1], shape[0] * shape[1], threads);
   }
@@ -214,9 +215,17 @@ LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear
 }
 
 LayerWeights FolderWeights::load_layer(std::uint64_t layer, int threads) const {
+  return load(layer, true, threads);
+}
+
+LayerWeights FolderWeights::load_unquantized(std::uint64_t layer, int threads) const {
+  return load(layer, false, threads);
+}
+
+LayerWeights FolderWeights::load(std::uint64_t layer, bool operands, int threads) const {
   LayerWeights out;
   for (std::size_t i = 0; i < kLinears; ++i) {
-    out.linear[i] = load_linear(layer, i, threads);
+    out.linear[i] = load_linear(layer, i, operands, threads);
     reader_.release(source_of(layer, i).name + ".weight");
   }
   out.attn_norm = vector(layer_name(layer, "input_layernorm.weight"));
@@ -266,6 +275,10 @@ void FolderWeights::head_rows(std::uint64_t begin, std::uint64_t count, std::spa
   } catch (Error& error) {
     throw error.path_if_unset(reader_.file_of(name));
   }
+}
+
+LayerWeights WeightSource::load_unquantized(std::uint64_t /*layer*/, int /*threads*/) const {
+  throw Error(ErrorKind::internal, "these weights are not packed");
 }
 
 std::unique_ptr<WeightSource> open_weights(const std::string& folder) {

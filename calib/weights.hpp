@@ -46,6 +46,8 @@ class WeightSource {
   virtual const formats::CheckpointReader& reader() const noexcept = 0;
   virtual bool packed() const noexcept = 0;  // a FireQ folder
   virtual LayerWeights load_layer(std::uint64_t layer, int threads) const = 0;
+  // Packed folders: the same without the quantised matrices, whose weight and row_scale stay empty.
+  virtual LayerWeights load_unquantized(std::uint64_t layer, int threads) const;
   // Rows of the embedding for these ids -> [ids, hidden]. An id >= vocab is an Error(input).
   virtual void embed(std::span<const std::int32_t> ids, std::span<float> out) const = 0;
   virtual std::vector<float> final_norm() const = 0;

@@ -17,6 +17,7 @@ class FolderWeights final : public WeightSource {
   const formats::CheckpointReader& reader() const noexcept override { return reader_; }
   bool packed() const noexcept override { return quantization_.has_value(); }
   LayerWeights load_layer(std::uint64_t layer, int threads) const override;
+  LayerWeights load_unquantized(std::uint64_t layer, int threads) const override;
   void embed(std::span<const std::int32_t> ids, std::span<float> out) const override;
   std::vector<float> final_norm() const override;
   void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override;
@@ -43,7 +44,8 @@ class FolderWeights final : public WeightSource {
   std::vector<float> values(const std::string& name, std::uint64_t begin, std::uint64_t count,
                             int threads) const;
   std::vector<float> vector(const std::string& name) const;
-  LinearWeights load_linear(std::uint64_t layer, std::size_t linear, int threads) const;
+  LayerWeights load(std::uint64_t layer, bool operands, int threads) const;
+  LinearWeights load_linear(std::uint64_t layer, std::size_t linear, bool operands, int threads) const;
   // weight and row_scale of a packed linear (weights_packed.cpp).
   void load_operands(std::uint64_t layer, std::size_t linear, int threads, LinearWeights& out) const;
 

@@ -3,6 +3,7 @@
 #include "kernels/activations.hpp"
 #include "kernels/bench/bench.hpp"
 #include "kernels/gemm.hpp"
+#include "kernels/gpu_session.hpp"
 #include "kernels/weights.hpp"
 
 namespace fireq::kernels {
@@ -56,6 +57,58 @@ void silu_mul_quantize(const Bf16Ref&, std::uint64_t, std::uint64_t, const Quant
                        const ActivationOptions&) {
   refuse();
 }
+
+// NOLINTBEGIN(readability-convert-member-functions-to-static): their declarations serve the CUDA build.
+struct GpuLinear::Impl {};
+GpuLinear::~GpuLinear() = default;
+GpuLinear::GpuLinear(GpuLinear&&) noexcept = default;
+GpuLinear& GpuLinear::operator=(GpuLinear&&) noexcept = default;
+std::uint64_t GpuLinear::rows() const noexcept {
+  return 0;
+}
+std::uint64_t GpuLinear::cols() const noexcept {
+  return 0;
+}
+
+// Nothing below the constructor is ever reached.
+struct GpuSession::Impl {
+  DeviceInfo device;
+};
+GpuSession::GpuSession() {
+  refuse();
+}
+GpuSession::~GpuSession() = default;
+const DeviceInfo& GpuSession::device() const noexcept {
+  return impl_->device;
+}
+GpuLinear GpuSession::load(const WeightRef&, std::span<const float>, bool) {
+  refuse();
+}
+void GpuSession::set_tokens(std::span<const std::uint16_t>, std::uint64_t, std::uint64_t) {
+  refuse();
+}
+void GpuSession::multiply(const GpuLinear&, std::span<std::uint16_t>) {
+  refuse();
+}
+GemmConfig GpuSession::config_for(const GpuLinear&, std::uint64_t) const {
+  refuse();
+}
+GpuSession::Tokens GpuSession::tokens() const {
+  refuse();
+}
+std::vector<std::uint8_t> GpuSession::tiles(const GpuLinear&) const {
+  refuse();
+}
+GpuSession::Rows GpuSession::unpacked(const GpuLinear&) const {
+  refuse();
+}
+std::vector<std::uint8_t> GpuSession::operands(const GpuLinear&, WeightLayout, const GemmConfig&) const {
+  refuse();
+}
+std::vector<std::uint8_t> GpuSession::dequantized(const GpuLinear&, WeightLayout) const {
+  refuse();
+}
+// NOLINTEND(readability-convert-member-functions-to-static)
 
 namespace bench {
 GemmBenchResult run_gemm_bench(const GemmBenchOptions&, const Print&) {

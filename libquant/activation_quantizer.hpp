@@ -10,6 +10,9 @@ namespace fireq::libquant {
 // Returns a. Throws Error(input) when a value is not finite ("channel k").
 float quantize_token(std::span<const float> x, std::span<std::uint8_t> x8);
 
+// The first step alone, for a quantiser that takes bf16: x rounded to bf16. Throws as quantize_token does.
+void round_token(std::span<const float> x, std::span<std::uint16_t> bf16);
+
 // Replaces x by the values decode(x8) (without a) and returns a.
 float quantize_token_in_place(std::span<float> x);
 

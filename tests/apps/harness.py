@@ -107,6 +107,10 @@ def fireq_json(*args, **kw):
         return parse_json(path)
 
 
+def has_gpu():
+    return Path("/dev/nvidiactl").exists()
+
+
 def parse_json(path):
     """Strict: no NaN, no duplicate key, UTF-8, a newline at the end."""
     def no_constant(name):

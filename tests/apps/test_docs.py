@@ -4,7 +4,7 @@ import shlex
 import shutil
 import subprocess
 
-from harness import DATA, FIREQ, GRIMM, ROOT, STORIES_260K, TINY, WIKI, TestCase, copy_model, edit_json, environment, main
+from harness import DATA, ENVIRONMENT, FIREQ, GRIMM, ROOT, STORIES_260K, TINY, WIKI, TestCase, copy_model, edit_json, environment, main
 
 
 def commands(page, first):
@@ -63,6 +63,8 @@ class Docs(TestCase):
                     code, said = self.shell(line, self.tmp)
                     if "--chat" in words:  # the model has no template, and says so
                         self.assertIn("chat", said)
+                    elif "--device" in words and code == ENVIRONMENT:  # no GPU, or a build without CUDA
+                        self.assertIn("--device", said)
                     elif "no HTML report" not in said:
                         self.assertEqual(code, 0, said[-2000:])
         self.assertGreater(seen, 20)

@@ -34,6 +34,7 @@ class Windows(TestCase):
         self.assertAlmostEqual(got["nll_per_token"], -scores.mean(), delta=2e-6)
         self.assertAlmostEqual(got["nll_stderr"], scores.std(ddof=1) / math.sqrt(len(scores)),
                                delta=1e-3 * got["nll_stderr"])
+        np.testing.assert_allclose(got["window_nll"], -scores.reshape(windows, -1).mean(axis=1), rtol=0, atol=2e-5)
 
     def scores(self, windows):
         return np.concatenate([self.model.log_likelihoods(w) for w in windows])

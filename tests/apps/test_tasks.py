@@ -117,6 +117,7 @@ class Tasks(TestCase):
         refused("eval", STORIES_260K, "--tasks", self.file(), "--quiet", code=INPUT, parts=["no item"])
         refused("eval", STORIES_260K, "--tasks", self.tmp / "none.jsonl", "--quiet", code=INPUT, parts=["none.jsonl"])
         refused("eval", STORIES_260K, "--tasks", self.file(good), "--text", TINY, "--quiet", code=USAGE, parts=["--tasks"])
+        refused("eval", STORIES_260K, "--tasks", self.file(good), "--device", "cuda", "--quiet", code=USAGE, parts=["--tasks", "CPU"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 from harness import (CALIBRATE_260K, DATA, ENVIRONMENT, GRIMM, INPUT, ROOT, STORIES_15M, STORIES_260K, TINY, USAGE,
-                     TestCase, arguments, copy_model, environment, fireq, fireq_json, main, parse_json, refused)
+                     TestCase, arguments, copy_model, environment, fireq, fireq_json, has_gpu, main, parse_json, refused)
 
 SUBCOMMANDS = ("quantize", "calibrate", "eval", "inspect", "validate", "generate", "export")
 
@@ -79,6 +79,26 @@ class Usage(TestCase):
                         refused(*command, option, value, "--quiet", code=USAGE, parts=[option, f"'{value}'"])
         self.assertGreater(seen, 5 * 20)
         self.assertEqual([], list(self.tmp.iterdir()))
+
+    def test_devices(self):
+        """What --device refuses before it looks for a GPU, and what it says when there is none."""
+        packed = self.quantised("rtn", STORIES_260K, "--preset", "rtn")
+        evaluate = ("--text", TINY, "--max-chars", 3000, "--ctx", 64, "--quiet")
+        for command in (("eval", packed, *evaluate), ("validate", packed, "--quiet")):
+            refused(*command, "--device", "tpu", code=USAGE, parts=["--device", "tpu", "cpu", "cuda"])
+        refused("eval", STORIES_260K, *evaluate, "--device", "cuda", code=USAGE,
+                parts=["--device cuda", "stories260K", "FireQ folder", "fireq quantize"])
+        refused("validate", STORIES_260K, "--device", "cuda", "--quiet", code=USAGE, parts=["FireQ folder"])
+        refused("eval", packed, *evaluate, "--device", "cuda", "--activations", "fp", code=USAGE,
+                parts=["--device cuda", "FP8", "--activations fp"])
+        refused("eval", packed, *evaluate, "--device", "cuda", "--weights", "original", "--reference", STORIES_260K,
+                code=USAGE, parts=["--device cuda", "packed", "--weights original"])
+        self.assertEqual({"kind": "cpu"}, fireq_json("eval", packed, *evaluate, "--device", "cpu")["device"])
+        self.assertEqual({"kind": "cpu"}, fireq_json("validate", packed)["device"])
+        if has_gpu():
+            self.skipTest("this machine has a GPU: scripts/gpu-check device covers it")
+        for command in (("eval", packed, *evaluate), ("validate", packed, "--quiet")):
+            refused(*command, "--device", "cuda", code=ENVIRONMENT, parts=["CUDA"])
 
     def test_leading_zeros_are_decimal(self):
         evaluate = ("eval", STORIES_260K, "--text", TINY, "--ctx", 64)

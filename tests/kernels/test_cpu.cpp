@@ -10,6 +10,7 @@
 #include "kernels/cpu_twin.hpp"
 #include "kernels/gemm.hpp"
 #include "kernels/gemm_config.hpp"
+#include "kernels/gpu_session.hpp"
 #include "kernels/weight_access.hpp"
 #include "libquant/packing.hpp"
 #include "tests/kernels/problem.hpp"
@@ -187,6 +188,13 @@ TEST(NoDevice, LaunchersRefuseImpossibleOperands) {
   if (device_count() > 0) GTEST_SKIP() << "a device is there; the GPU tests cover it";
   EXPECT_THROW(current_device(), Error);
   EXPECT_THROW(gemm_w4a8({}, {}, {}, {}, {}), Error);
+  try {
+    const GpuSession session;
+    ADD_FAILURE() << "a session without a device";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::environment);
+    EXPECT_THAT(e.what(), ::testing::HasSubstr("CUDA"));
+  }
 }
 
 }  // namespace

@@ -57,6 +57,9 @@ TEST(Activations, ArePerTokenFp8OfBf16) {
       EXPECT_EQ(quantize_token(x, x8), a);
       std::vector<float> in_place = x;
       EXPECT_EQ(quantize_token_in_place(in_place), a);
+      std::vector<std::uint16_t> bf16(n, 0x7fc1);
+      round_token(x, bf16);
+      for (std::size_t k = 0; k < n; ++k) EXPECT_EQ(bf16[k], encode_bf16(x[k])) << k;
       for (std::size_t k = 0; k < n; ++k) {
         const float quotient = round_bf16(x[k]) / a;
         ASSERT_EQ(x8[k], encode_e4m3(quotient));
@@ -77,11 +80,14 @@ TEST(Activations, NonFiniteOnesAreNamed) {
   x[37] = NAN;
   EXPECT_THAT(input_error([&] { quantize_token(x, x8); }), HasSubstr("NaN in channel 37"));
   EXPECT_THAT(input_error([&] { quantize_token_in_place(x); }), HasSubstr("NaN in channel 37"));
+  std::vector<std::uint16_t> bf16(x.size());
+  EXPECT_THAT(input_error([&] { round_token(x, bf16); }), HasSubstr("NaN in channel 37"));
   x[37] = 1;
   x[0] = -HUGE_VALF;
   EXPECT_THAT(input_error([&] { quantize_token(x, x8); }), HasSubstr("infinity in channel 0"));
   x[0] = 3.4e38F;  // finite, but not as bf16
   EXPECT_THAT(input_error([&] { quantize_token(x, x8); }), HasSubstr("channel 0"));
+  EXPECT_THAT(input_error([&] { round_token(x, bf16); }), HasSubstr("channel 0"));
   EXPECT_THROW(quantize_token(x, std::span(x8).first(39)), Error);
 }
 
