@@ -5,10 +5,10 @@
 #include <limits>
 #include <utility>
 
+#include "calib/key_folds.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "libquant/number_formats.hpp"
-#include "libquant/smoothing.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -42,20 +42,13 @@ void add_key_rows(std::vector<SiteRow>& rows, std::uint64_t layer, const formats
                   std::size_t outliers) {
   const SiteStatistics& keys = statistics.site(Site::k_post_rope);
   if (keys.empty() || meta.kv_heads == 0 || keys.absmax.size() != meta.kv_heads * meta.head_dim) return;
-  libquant::KeySmoothingOptions options;
-  options.shared_heads = qk_norm;
-  options.alpha = recipe.key_alpha;
-  options.beta = recipe.key_beta;
-  options.n_exponent = recipe.key_n_exponent;
-  options.s_exponent = recipe.key_s_exponent;
-  options.top_k = recipe.key_top_k;
-  options.use_s = false;
-  const auto n_only =
-      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
+  Recipe with = recipe;
+  with.key_n = true;
+  with.key_s = false;
+  const KeyFolds n_only = key_folds(with, statistics, meta.kv_heads, meta.head_dim, qk_norm);
   rows.push_back(site_row(layer, "k_after_n", scaled(keys, n_only.n), outliers));
-  options.use_s = true;
-  const auto both =
-      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
+  with.key_s = true;
+  const KeyFolds both = key_folds(with, statistics, meta.kv_heads, meta.head_dim, qk_norm);
   rows.push_back(site_row(layer, "k_after_n_s", scaled(scaled(keys, both.n), both.s), outliers));
 }
 

@@ -65,6 +65,9 @@ constexpr Choices<Rounding, 2> kRoundings{{{"value", Rounding::value}, {"product
 constexpr Choices<ValueScaling, 3> kValueScalings{
     {{"off", ValueScaling::off}, {"channel", ValueScaling::channel}, {"scalar", ValueScaling::scalar}}};
 
+constexpr Choices<KeyFactors, 2> kKeyFactors{
+    {{"maxima", KeyFactors::maxima}, {"moments", KeyFactors::moments}}};
+
 Levels levels_from(const json& v) {
   if (v.is_string()) {
     if (v == "int4") return Levels::int4();
@@ -164,12 +167,15 @@ const std::vector<Field>& fields() {
         number("smoothing", "lambda3_c", &Recipe::lambda3_c, 1e-6, 1e3),
         flag("keys", "n", &Recipe::key_n),
         flag("keys", "s", &Recipe::key_s),
+        {"keys", "factors", [](Recipe& r, const json& v) { r.key_factors = choose(kKeyFactors, v); },
+         [](const Recipe& r) { return json(name_of(kKeyFactors, r.key_factors)); }},
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
         number("keys", "s_exponent", &Recipe::key_s_exponent, 0, 2),
         count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
+        flag("values", "rotate", &Recipe::value_rotation),
         flag("", "kv_cache", &Recipe::kv_cache),
     };
     std::move(rest.begin(), rest.end(), std::back_inserter(list));
@@ -254,7 +260,9 @@ Recipe preset_recipe(const std::string& name) {
     }
     if (name == "best") {
       r.curvature = true;
-      r.key_n_exponent = r.key_s_exponent = 0.5;
+      r.key_factors = KeyFactors::moments;
+      r.key_n_exponent = r.key_s_exponent = 0.75;
+      r.value_rotation = true;
     }
     return r;
   }

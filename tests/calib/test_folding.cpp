@@ -91,9 +91,16 @@ TEST_P(FoldingPreserves, TheFunctionOfEveryFold) {
     r.key_n_exponent = 0.5;
     r.key_s_exponent = 0.7;
   });
+  add("n, s by moments", [](Recipe& r) {
+    r.key_n = r.key_s = true;
+    r.key_factors = KeyFactors::moments;
+    r.key_n_exponent = r.key_s_exponent = 0.75;
+  });
+  add("values rotated", [](Recipe& r) { r.value_rotation = true; });
   add("value power of two", [](Recipe& r) { r.value_power_of_two = true; });
   recipes.emplace_back("paper", preset_recipe("paper"));
   recipes.emplace_back("fast", preset_recipe("fast"));
+  recipes.emplace_back("best", preset_recipe("best"));
 
   for (const auto& [name, recipe] : recipes) {
     const Folded folded(*source, recipe, statistics);
