@@ -177,10 +177,11 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   report.input_mean_square[kUp] = report.input_mean_square[kGate];
   report.input_mean_square[kDown] = mean_square(statistics, Site::down_in);
 
-  if (recipe.key_n || recipe.key_s) {
+  if (recipe.key_n || recipe.key_s || recipe.key_centre) {
     KeyFolds keys = key_folds(recipe, *statistics, config.kv_heads, config.head_dim, config.qk_norm);
     if (recipe.key_n) fold_keys(config, keys.n, w);
     if (recipe.key_s) w.k_post_rope_scale = std::move(keys.s);
+    if (recipe.key_centre) w.k_post_rope_shift = std::move(keys.shift);
   }
 
   std::vector<float> lambda1;

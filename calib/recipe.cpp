@@ -169,6 +169,7 @@ const std::vector<Field>& fields() {
         flag("keys", "s", &Recipe::key_s),
         {"keys", "factors", [](Recipe& r, const json& v) { r.key_factors = choose(kKeyFactors, v); },
          [](const Recipe& r) { return json(name_of(kKeyFactors, r.key_factors)); }},
+        flag("keys", "centre", &Recipe::key_centre),
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
@@ -262,6 +263,7 @@ Recipe preset_recipe(const std::string& name) {
       r.curvature = true;
       r.key_factors = KeyFactors::moments;
       r.key_n_exponent = r.key_s_exponent = 0.75;
+      r.key_centre = true;
       r.value_rotation = true;
     }
     return r;

@@ -58,7 +58,7 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_EQ(best.key_factors, KeyFactors::moments);
   EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.75);
   EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.75);
-  EXPECT_TRUE(best.value_rotation);
+  EXPECT_TRUE(best.value_rotation && best.key_centre);
   EXPECT_EQ(fast.key_factors, KeyFactors::maxima);
 }
 
