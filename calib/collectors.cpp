@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "calib/evaluate.hpp"
+#include "calib/key_centre.hpp"
 #include "calib/model_runner.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -144,15 +145,17 @@ formats::CalibrationStatistics calibrate(const WeightSource& model, const Window
     for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
       const LayerPanels panels = pack_layer(model.load_layer(layer, threads), threads);
       StatisticsCollector collector(out.layers[layer], config.head_dim, threads);
+      KeySample sample(collector, windows.length);
       for (std::uint64_t first = 0; first < windows.count; first += at_once) {
         check_interrupt();
         const Batch batch{std::min(at_once, windows.count - first), windows.length, 0, first};
         const std::uint64_t row = windows.length * config.hidden;
         runner.run(panels, layer, rope, batch, std::span(hidden).subspan(first * row, batch.sequences * row),
-                   &collector);
+                   &sample);
         done += batch.sequences;
         progress.advance(done);
       }
+      out.layers[layer].k_centre_gain = sample.centre_gain(config, layer, out.layers[layer], threads);
     }
   } catch (Error& error) {
     throw error.path_if_unset(model.reader().folder());

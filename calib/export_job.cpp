@@ -28,6 +28,7 @@ constexpr std::uint64_t kRowsPerTask = 32;
 constexpr std::uint64_t kElementsPerTask = std::uint64_t{1} << 18U;
 constexpr std::uint64_t kLargestConfig = std::uint64_t{1} << 24U;
 constexpr const char* kSmoothing = "self_attn.k_post_rope_scale";
+constexpr const char* kShift = "self_attn.k_post_rope_shift";
 
 // Linears that vLLM holds as one: it wants all of such a set quantised, or none.
 constexpr std::array<std::array<std::size_t, 2>, 4> kFusedSets{
@@ -193,13 +194,18 @@ void ExportJob::measure_loss() {
 }
 
 void ExportJob::note_left_out() {
-  std::uint64_t smoothed = 0;
+  std::uint64_t smoothed = 0, shifted = 0;
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     if (reader_.contains(layer_prefix(layer) + kSmoothing)) ++smoothed;
+    if (reader_.contains(layer_prefix(layer) + kShift)) ++shifted;
   }
   if (smoothed > 0) {
     result_.left_out.push_back("k_post_rope_scale (S) of " + counted(smoothed, "layer") +
                                ": it cancels between K and Q where keys are not quantised");
+  }
+  if (shifted > 0) {
+    result_.left_out.push_back("k_post_rope_shift of " + counted(shifted, "layer") +
+                               ": the softmax does not notice it");
   }
   if (source_.quantization()->kv_cache) {
     result_.left_out.emplace_back("the INT4 KV cache: the format has none");

@@ -5,6 +5,7 @@
 #include <span>
 #include <utility>
 
+#include "calib/key_folds.hpp"
 #include "common/error.hpp"
 #include "libquant/smoothing.hpp"
 
@@ -89,6 +90,26 @@ void fold_values(const ModelConfig& config, std::span<const float> lambda, Layer
   fold_columns(w.linear[kO], columns, report.input_mean_square[kO]);
 }
 
+// After it the mean squares of o's inputs are those of rotated channels that do not know one another.
+void rotate_value_heads(const ModelConfig& config, LayerWeights& w, FoldReport& report) {
+  const std::uint64_t d = config.head_dim;
+  lq::rotate_values(matrix(w.linear[kV]), w.linear[kV].bias, matrix(w.linear[kO]), config.heads,
+                    config.kv_heads, d);
+  std::vector<float>& square = report.input_mean_square[kO];
+  if (square.empty()) return;
+  const std::vector<double> r = lq::spreading_rotation(d);
+  std::vector<float> rotated(square.size());
+  for (std::uint64_t c = 0; c < square.size(); ++c) {
+    double sum = 0;
+    for (std::uint64_t i = 0; i < d; ++i) {
+      const double weight = r[i * d + c % d];
+      sum += weight * weight * static_cast<double>(square[c - c % d + i]);
+    }
+    rotated[c] = static_cast<float>(sum);
+  }
+  square = std::move(rotated);
+}
+
 // A power of two per KV head that brings the largest sigma_V = max|v| / 7 of the head to [1, 2) where it is
 // below 1/4: the scales of ordinary tokens, some octaves lower, then stay normal E4M3 numbers (from 2^-6 on).
 // v = max|v| after Lambda_1.
@@ -126,7 +147,7 @@ FoldReport planned_changes(const ModelConfig& config, const Recipe& recipe) {
       change(kK, true);
     }
   }
-  if (recipe.lambda1 != ValueScaling::off || recipe.value_power_of_two) {
+  if (recipe.lambda1 != ValueScaling::off || recipe.value_power_of_two || recipe.value_rotation) {
     change(kV, true);
     change(kO, false);
   }
@@ -156,21 +177,11 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   report.input_mean_square[kUp] = report.input_mean_square[kGate];
   report.input_mean_square[kDown] = mean_square(statistics, Site::down_in);
 
-  if (recipe.key_n || recipe.key_s) {
-    lq::KeySmoothingOptions options;
-    options.use_n = recipe.key_n;
-    options.use_s = recipe.key_s;
-    options.shared_heads = config.qk_norm;
-    options.alpha = recipe.key_alpha;
-    options.beta = recipe.key_beta;
-    options.n_exponent = recipe.key_n_exponent;
-    options.s_exponent = recipe.key_s_exponent;
-    options.top_k = recipe.key_top_k;
-    lq::KeySmoothing keys =
-        lq::key_smoothing(statistics->k_pair_radius, statistics->site(Site::k_post_rope).absmax,
-                          config.kv_heads, config.head_dim, options);
+  if (recipe.key_n || recipe.key_s || recipe.key_centre) {
+    KeyFolds keys = key_folds(recipe, *statistics, config.kv_heads, config.head_dim, config.qk_norm);
     if (recipe.key_n) fold_keys(config, keys.n, w);
     if (recipe.key_s) w.k_post_rope_scale = std::move(keys.s);
+    if (recipe.key_centre) w.k_post_rope_shift = std::move(keys.shift);
   }
 
   std::vector<float> lambda1;
@@ -187,6 +198,8 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   if (recipe.value_power_of_two) {
     fold_values(config, value_powers(config, statistics->site(Site::v).absmax, lambda1), w, report);
   }
+
+  if (recipe.value_rotation) rotate_value_heads(config, w, report);
 
   if (recipe.lambda2) {
     const std::array<lq::ConstMatrixRef, 2> readers{matrix(std::as_const(w.linear[kGate])),

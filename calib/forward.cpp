@@ -324,6 +324,7 @@ void LayerRunner::Impl::store_key_value(const Call& call, std::uint64_t row, flo
   const std::uint64_t dim = config.head_dim;
   const std::uint64_t position = call.batch.start + row % call.batch.length;
   const std::vector<float>& smoothing = call.weights.k_post_rope_scale;
+  const std::vector<float>& shift = call.weights.k_post_rope_shift;
   check(call, Site::k_pre_rope, row, k, config.kv_rows());
   check(call, Site::v, row, v, config.kv_rows());
   call.recorder.put(Site::v, row, 0, v, config.kv_rows());
@@ -336,6 +337,9 @@ void LayerRunner::Impl::store_key_value(const Call& call, std::uint64_t row, flo
     call.recorder.put(Site::k_pre_rope, row, g * dim, x, dim);
     rotate(x, call.rope.cosine.data() + position * call.rope.half,
            call.rope.sine.data() + position * call.rope.half, call.rope.half);
+    if (!shift.empty()) {
+      for (std::uint64_t c = 0; c < dim; ++c) x[c] -= shift[g * dim + c];
+    }
     if (!smoothing.empty()) {
       for (std::uint64_t c = 0; c < dim; ++c) x[c] *= smoothing[g * dim + c];
     }

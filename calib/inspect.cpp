@@ -5,10 +5,10 @@
 #include <limits>
 #include <utility>
 
+#include "calib/key_folds.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "libquant/number_formats.hpp"
-#include "libquant/smoothing.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -50,19 +50,12 @@ std::optional<SmoothedKeys> smoothed_keys(const formats::LayerStatistics& statis
   const SiteStatistics& keys = statistics.site(Site::k_post_rope);
   if (keys.empty() || meta.kv_heads == 0 || keys.absmax.size() != meta.kv_heads * meta.head_dim)
     return std::nullopt;
-  libquant::KeySmoothingOptions options;
-  options.shared_heads = qk_norm;
-  options.alpha = recipe.key_alpha;
-  options.beta = recipe.key_beta;
-  options.n_exponent = recipe.key_n_exponent;
-  options.s_exponent = recipe.key_s_exponent;
-  options.top_k = recipe.key_top_k;
-  options.use_s = false;
-  const auto n_only =
-      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
-  options.use_s = true;
-  const auto both =
-      libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
+  Recipe with = recipe;
+  with.key_n = true;
+  with.key_s = false;
+  const KeyFolds n_only = key_folds(with, statistics, meta.kv_heads, meta.head_dim, qk_norm);
+  with.key_s = true;
+  const KeyFolds both = key_folds(with, statistics, meta.kv_heads, meta.head_dim, qk_norm);
   return SmoothedKeys{scaled(keys, n_only.n), scaled(scaled(keys, both.n), both.s), both.s};
 }
 

@@ -43,6 +43,7 @@ LayerPanels pack_layer(LayerWeights&& weights, int threads) {
   out.q_norm = std::move(weights.q_norm);
   out.k_norm = std::move(weights.k_norm);
   out.k_post_rope_scale = std::move(weights.k_post_rope_scale);
+  out.k_post_rope_shift = std::move(weights.k_post_rope_shift);
   return out;
 }
 

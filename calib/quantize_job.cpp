@@ -282,7 +282,7 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   FoldReport report = planned_changes(config_, options_.recipe);
   const bool folds =
       std::any_of(report.weight_changed.begin(), report.weight_changed.end(), [](bool b) { return b; }) ||
-      report.qk_norm_changed || options_.recipe.key_s;
+      report.qk_norm_changed || options_.recipe.key_s || options_.recipe.key_centre;
   const bool all_separate = std::all_of(
       names.begin(), names.end(), [&](const std::string& n) { return reader_.contains(n + ".weight"); });
   std::optional<LayerWeights> weights;
@@ -320,6 +320,10 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   }
   if (options_.recipe.key_s) {
     tensors.push_back(owned_f32(prefix + "self_attn.k_post_rope_scale", weights->k_post_rope_scale,
+                                {config_.kv_heads, config_.head_dim}));
+  }
+  if (options_.recipe.key_centre) {
+    tensors.push_back(owned_f32(prefix + "self_attn.k_post_rope_shift", weights->k_post_rope_shift,
                                 {config_.kv_heads, config_.head_dim}));
   }
   sort_by_name(tensors);
@@ -448,6 +452,7 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
       plan.linears.push_back(std::move(linear));
     }
     if (options.recipe.key_s) plan.bytes_after += config.kv_rows() * sizeof(float);
+    if (options.recipe.key_centre) plan.bytes_after += config.kv_rows() * sizeof(float);
   }
   for (const std::string& name : reader.names()) {
     if (replaced.contains(name)) continue;

@@ -67,6 +67,9 @@ constexpr Choices<ValueScaling, 3> kValueScalings{
 constexpr Choices<Target, 2> kTargets{{{"fireq", Target::fireq}, {"vllm", Target::vllm}}};
 constexpr const char* kTargetKey = "for";
 
+constexpr Choices<KeyFactors, 2> kKeyFactors{
+    {{"maxima", KeyFactors::maxima}, {"moments", KeyFactors::moments}}};
+
 Levels levels_from(const json& v) {
   if (v.is_string()) {
     if (v == "int4") return Levels::int4();
@@ -166,12 +169,16 @@ const std::vector<Field>& fields() {
         number("smoothing", "lambda3_c", &Recipe::lambda3_c, 1e-6, 1e3),
         flag("keys", "n", &Recipe::key_n),
         flag("keys", "s", &Recipe::key_s),
+        {"keys", "factors", [](Recipe& r, const json& v) { r.key_factors = choose(kKeyFactors, v); },
+         [](const Recipe& r) { return json(name_of(kKeyFactors, r.key_factors)); }},
+        flag("keys", "centre", &Recipe::key_centre),
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
         number("keys", "s_exponent", &Recipe::key_s_exponent, 0, 2),
         count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
+        flag("values", "rotate", &Recipe::value_rotation),
         flag("", "kv_cache", &Recipe::kv_cache),
         {"", kTargetKey, [](Recipe& r, const json& v) { r.target = choose(kTargets, v); },
          [](const Recipe& r) { return json(name_of(kTargets, r.target)); }},
@@ -246,7 +253,7 @@ void set_target(Recipe& r, Target target) {
   if (!vllm) return;
   r.weights.levels = Levels::int4();
   r.weights.row_scale = RowScale::row;
-  r.key_n = r.key_s = false;
+  r.key_n = r.key_s = r.key_centre = false;
   r.value_power_of_two = r.stream_kv = false;
   r.kv_cache = false;
 }
@@ -269,7 +276,10 @@ Recipe preset_for_fireq(const std::string& name) {
     }
     if (name == "best") {
       r.curvature = true;
-      r.key_n_exponent = r.key_s_exponent = 0.5;
+      r.key_factors = KeyFactors::moments;
+      r.key_n_exponent = r.key_s_exponent = 0.75;
+      r.key_centre = true;
+      r.value_rotation = true;
     }
     return r;
   }
@@ -301,6 +311,7 @@ void check_target(const Recipe& r) {
   require(r.weights.levels.is_int4(), "weights.levels", "\"int4\"", r.weights.levels.name());
   require(r.weights.row_scale == RowScale::row, "weights.row_scale", "\"row\"", "\"tensor\"");
   require(!r.key_s, "keys.s", "false: S needs a hook between RoPE and the cache", "true");
+  require(!r.key_centre, "keys.centre", "false: the mean is taken off between RoPE and the cache", "true");
   require(!r.kv_cache, "kv_cache", "false", "true");
   require(!r.stream_kv, "curvature.kv_stream", "false", "true");
 }

@@ -17,6 +17,7 @@ enum class ValueScaling : std::uint8_t {
 
 // What has to run the result: this toolkit's own kernels, or vLLM (an exported folder, docs/export.md).
 enum class Target : std::uint8_t { fireq, vllm };
+enum class KeyFactors : std::uint8_t { maxima, moments };  // what N and S are made from
 
 struct Recipe {
   Target target = Target::fireq;
@@ -44,13 +45,18 @@ struct Recipe {
   // Keys.
   bool key_n = false;
   bool key_s = false;
+  KeyFactors key_factors = KeyFactors::maxima;
+  bool key_centre = false;  // keys are cached less their mean, on heads where that helps
   double key_alpha = 8, key_beta = 8, key_n_exponent = 1, key_s_exponent = 1;
   std::uint64_t key_top_k = 0;  // 0: max(1, round(head_dim/16))
   // A power of two per KV head in W_v and W_o that keeps sigma_V normal.
   bool value_power_of_two = false;
-  bool kv_cache = true;  // the folder asks for the INT4 cache
+  bool value_rotation = false;  // values spread over their head's channels, in W_v and W_o
+  bool kv_cache = true;         // the folder asks for the INT4 cache
 
-  bool needs_statistics() const noexcept { return weighted_search || key_n || key_s || value_power_of_two; }
+  bool needs_statistics() const noexcept {
+    return weighted_search || key_n || key_s || key_centre || value_power_of_two;
+  }
   bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };
 

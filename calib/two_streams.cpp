@@ -118,6 +118,7 @@ void TwoStreams::run(Layer& work) {
     panels->q_norm = work.weights.q_norm;
     panels->k_norm = work.weights.k_norm;
     panels->k_post_rope_scale = work.weights.k_post_rope_scale;
+    panels->k_post_rope_shift = work.weights.k_post_rope_shift;
   }
   const auto sums_for = [&](std::uint64_t channels) {
     std::optional<Curvature> sums;

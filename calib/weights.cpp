@@ -236,6 +236,8 @@ LayerWeights FolderWeights::load(std::uint64_t layer, bool operands, int threads
   }
   const std::string smoothing = layer_name(layer, "self_attn.k_post_rope_scale");
   if (quantization_ && reader_.contains(smoothing)) out.k_post_rope_scale = vector(smoothing);
+  const std::string shift = layer_name(layer, "self_attn.k_post_rope_shift");
+  if (quantization_ && reader_.contains(shift)) out.k_post_rope_shift = vector(shift);
   return out;
 }
 

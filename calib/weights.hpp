@@ -33,6 +33,9 @@ struct LayerWeights {
   std::vector<float> attn_norm, mlp_norm;  // [hidden]
   std::vector<float> q_norm, k_norm;       // empty or [head_dim]
   std::vector<float> k_post_rope_scale;    // S: empty or [kv_heads, head_dim]; K *S, Q /S after RoPE
+  // Empty or [kv_heads, head_dim]: taken off each key after RoPE, before S. All scores of a query lose the
+  // same, so that the softmax stays.
+  std::vector<float> k_post_rope_shift;
 };
 
 class WeightSource {

@@ -57,6 +57,7 @@ class TensorChecker {
     for (const auto& [name, shape] : shapes_) check_shape_content(name, shape);
     for (const std::string& name : levels_) check_levels_content(name);
     for (const std::string& name : smoothing_) check_smoothing_content(name);
+    for (const std::string& name : shifts_) check_shift_content(name);
   }
 
  private:
@@ -114,6 +115,11 @@ class TensorChecker {
     if (reader_.contains(smoothing)) {
       expect(smoothing, {Dtype::f32}, {model_.kv_heads, model_.head_dim});
       smoothing_.push_back(smoothing);
+    }
+    const std::string shift = prefix + "self_attn.k_post_rope_shift";
+    if (reader_.contains(shift)) {
+      expect(shift, {Dtype::f32}, {model_.kv_heads, model_.head_dim});
+      shifts_.push_back(shift);
     }
     const auto names = linear_names(layer);
     for (std::size_t i = 0; i < names.size(); ++i) {
@@ -188,6 +194,17 @@ class TensorChecker {
     }
   }
 
+  void check_shift_content(const std::string& name) const {
+    const TensorView view = reader_.tensor(name);
+    for (std::uint64_t i = 0; i < view.elements(); ++i) {
+      const auto shift = element<float>(view, i);
+      if (std::isfinite(shift)) continue;
+      throw error(name, "bad shift")
+          .expected("finite values")
+          .found(std::to_string(shift) + " at element " + std::to_string(i));
+    }
+  }
+
   const CheckpointReader& reader_;
   const ModelConfig& model_;
   const QuantizationConfig& quantization_;
@@ -196,6 +213,7 @@ class TensorChecker {
   std::map<std::string, std::array<std::uint64_t, 2>> shapes_;
   std::vector<std::string> levels_;
   std::vector<std::string> smoothing_;
+  std::vector<std::string> shifts_;
 };
 
 }  // namespace

@@ -90,10 +90,16 @@ class Checker {
       const std::uint64_t kv = is_kv(static_cast<Site>(s)) ? meta.kv_heads * meta.head_dim : 0;
       site(layer.sites[s], group + std::string(kSiteNames[s]) + "/", kv);
     }
-    if (layer.k_pair_radius.empty()) return;
-    const std::string name = group + kRadiusDataset.name;
-    size(name, layer.k_pair_radius.size(), meta.kv_heads * (meta.head_dim / 2));
-    values(name, layer.k_pair_radius, true);
+    if (!layer.k_pair_radius.empty()) {
+      const std::string name = group + kRadiusDataset.name;
+      size(name, layer.k_pair_radius.size(), meta.kv_heads * (meta.head_dim / 2));
+      values(name, layer.k_pair_radius, true);
+    }
+    if (!layer.k_centre_gain.empty()) {
+      const std::string name = group + kCentreDataset.name;
+      size(name, layer.k_centre_gain.size(), meta.kv_heads);
+      values(name, layer.k_centre_gain, false);
+    }
   }
 
  private:
@@ -191,6 +197,14 @@ void LayerStatistics::merge(const LayerStatistics& other) {
       throw mismatch("the number of key pairs", k_pair_radius.size(), other.k_pair_radius.size());
     }
     take_maxima(k_pair_radius, other.k_pair_radius);
+  }
+  if (k_centre_gain.empty()) {
+    k_centre_gain = other.k_centre_gain;
+  } else if (!other.k_centre_gain.empty()) {
+    if (k_centre_gain.size() != other.k_centre_gain.size()) {
+      throw mismatch("the number of KV heads", k_centre_gain.size(), other.k_centre_gain.size());
+    }
+    add_sums(k_centre_gain, other.k_centre_gain);
   }
 }
 

@@ -37,6 +37,9 @@ struct SiteStatistics {
 struct LayerStatistics {
   std::array<SiteStatistics, kSites> sites;
   std::vector<float> k_pair_radius;  // [kv_heads * head_dim/2], max over tokens of the pre-RoPE pair radius
+  // [kv_heads] or empty: squared error of the attention's outputs with keys cached in INT4 as they are, less
+  // that with their mean taken off first; summed over sampled tokens (calib/key_centre.hpp).
+  std::vector<double> k_centre_gain;
 
   SiteStatistics& site(Site s) { return sites[static_cast<std::size_t>(s)]; }
   const SiteStatistics& site(Site s) const { return sites[static_cast<std::size_t>(s)]; }

@@ -54,6 +54,11 @@ inline constexpr DatasetRow kRadiusDataset{"k_pair_radius", StatisticType::f32,
                                            "before RoPE, over all tokens; unit: of the "
                                            "activation"};
 
+inline constexpr DatasetRow kCentreDataset{
+    "k_centre_gain", StatisticType::f64,
+    "squared error of each KV head's attention outputs with INT4 keys as they are, less that with their mean "
+    "taken off first, summed over sampled tokens; unit: of the values, squared"};
+
 std::string layer_group_name(std::size_t layer);  // "000"
 std::size_t type_size(StatisticType type);
 

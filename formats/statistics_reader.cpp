@@ -117,6 +117,10 @@ class Reader {
       const std::uint64_t pairs = checked_mul(meta.kv_heads, meta.head_dim / 2, kRadiusDataset.name);
       read_values(row, kRadiusDataset, group, pairs, layer.k_pair_radius);
     }
+    if (row.find(kCentreDataset.name) != nullptr) {
+      ++known;
+      read_values(row, kCentreDataset, group, meta.kv_heads, layer.k_centre_gain);
+    }
     refuse_others(row, known);
   }
 

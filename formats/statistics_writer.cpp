@@ -186,6 +186,10 @@ class Writer {
       row[kRadiusDataset.name] = write_dataset(here.get(), kRadiusDataset, layer.k_pair_radius.data(),
                                                {meta.kv_heads, meta.head_dim / 2});
     }
+    if (!layer.k_centre_gain.empty()) {
+      row[kCentreDataset.name] =
+          write_dataset(here.get(), kCentreDataset, layer.k_centre_gain.data(), {meta.kv_heads});
+    }
   }
 
   // Returns the site's entry in the table.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <numeric>
 #include <string>
 
@@ -112,6 +113,20 @@ void check_statistics(std::span<const float> values, const char* what) {
   }
 }
 
+void check_head_dim(std::uint64_t head_dim) {
+  if (head_dim != 0 && head_dim % 2 == 0) return;
+  throw Error(ErrorKind::input, "RoPE pairs need an even head_dim").found(std::to_string(head_dim));
+}
+
+void check_constants(const KeySmoothingOptions& options) {
+  for (const double constant : {options.alpha, options.beta}) {
+    if (std::isfinite(constant) && constant > 0) continue;
+    throw Error(ErrorKind::usage, "a key smoothing constant is impossible")
+        .expected("a finite number > 0")
+        .found(std::to_string(constant));
+  }
+}
+
 }  // namespace
 
 ChannelScales channel_scales(std::span<const ConstMatrixRef> readers, double c) {
@@ -193,21 +208,14 @@ void scale(std::span<float> v, std::span<const float> factor) {
 KeySmoothing key_smoothing(std::span<const float> pair_radius, std::span<const float> post_rope_absmax,
                            std::uint64_t kv_heads, std::uint64_t head_dim,
                            const KeySmoothingOptions& options) {
-  if (head_dim == 0 || head_dim % 2 != 0) {
-    throw Error(ErrorKind::input, "RoPE pairs need an even head_dim").found(std::to_string(head_dim));
-  }
+  check_head_dim(head_dim);
   const std::uint64_t half = head_dim / 2;
   if (pair_radius.size() != kv_heads * half)
     mismatch("a radius per pair", kv_heads * half, pair_radius.size());
   if (post_rope_absmax.size() != kv_heads * head_dim) {
     mismatch("a maximum per key channel", kv_heads * head_dim, post_rope_absmax.size());
   }
-  for (const double constant : {options.alpha, options.beta}) {
-    if (std::isfinite(constant) && constant > 0) continue;
-    throw Error(ErrorKind::usage, "a key smoothing constant is impossible")
-        .expected("a finite number > 0")
-        .found(std::to_string(constant));
-  }
+  check_constants(options);
   check_statistics(pair_radius, "a pair radius of keys");
   check_statistics(post_rope_absmax, "a key maximum after RoPE");
 
@@ -250,6 +258,204 @@ KeySmoothing key_smoothing(std::span<const float> pair_radius, std::span<const f
     }
   }
   return result;
+}
+
+namespace {
+
+// Sizes with a floor, so that a channel which is all but silent gets no factor beyond reason.
+std::vector<double> floored_sizes(std::span<const double> size, std::uint64_t kv_heads, std::uint64_t dim,
+                                  const char* what) {
+  std::vector<double> out(size.begin(), size.end());
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    if (std::isfinite(out[i]) && out[i] >= 0) continue;
+    throw Error(ErrorKind::input, std::string(what) + " is impossible")
+        .expected("a finite number >= 0")
+        .found(std::to_string(out[i]) + " at " + std::to_string(i));
+  }
+  constexpr double kFloor = 0x1p-12;  // of the head's largest
+  for (std::uint64_t h = 0; h < kv_heads; ++h) {
+    const auto head = out.begin() + static_cast<std::ptrdiff_t>(h * dim);
+    const double largest = *std::max_element(head, head + static_cast<std::ptrdiff_t>(dim));
+    for (std::uint64_t j = 0; j < dim; ++j) {
+      double& x = out[h * dim + j];
+      x = largest > 0 ? std::max(x, kFloor * largest) : 1.0;
+    }
+  }
+  return out;
+}
+
+// Power mean of two or more sizes.
+double power_mean(std::span<const double> sizes, double power) {
+  double sum = 0;
+  for (const double x : sizes) sum += std::pow(x, power);
+  return std::pow(sum / static_cast<double>(sizes.size()), 1 / power);
+}
+
+// Key smoothing by size, for all heads of a layer.
+class SizeSmoother {
+ public:
+  SizeSmoother(std::span<const double> query, std::span<const double> key, std::uint64_t kv_heads,
+               std::uint64_t dim, const KeySmoothingOptions& options)
+      : options_(options),
+        heads_(kv_heads),
+        dim_(dim),
+        half_(dim / 2),
+        query_(floored_sizes(query, kv_heads, dim, "a query size")),
+        key_(floored_sizes(key, kv_heads, dim, "a key size")),
+        pair_(kv_heads * half_),
+        touched_(kv_heads * half_, false) {}
+
+  KeySmoothing run() {
+    for (std::uint64_t h = 0; h < heads_; ++h) {
+      for (std::uint64_t i = 0; i < half_; ++i) pair_[h * half_ + i] = pair_factor(h, i);
+    }
+    if (options_.use_s) choose_pairs();
+    KeySmoothing result;
+    result.n.assign(heads_ * dim_, 1.0F);
+    result.s.assign(heads_ * dim_, 1.0F);
+    std::vector<double> unit(heads_);
+    for (std::uint64_t h = 0; h < heads_; ++h) unit[h] = unit_of(h);
+    if (options_.shared_heads) unit.assign(heads_, *std::min_element(unit.begin(), unit.end()));
+    for (std::uint64_t h = 0; h < heads_; ++h) {
+      for (std::uint64_t j = 0; j < dim_; ++j) {
+        const auto factor = static_cast<float>(unit[h] * factor_of(h, j));
+        if (!std::isnormal(factor)) continue;
+        if (touched_[h * half_ + j % half_]) {
+          result.s[h * dim_ + j] = factor;
+        } else if (options_.use_n) {
+          result.n[h * dim_ + j] = factor;
+        }
+      }
+    }
+    return result;
+  }
+
+ private:
+  static double formula(double query, double key, double e) {
+    return std::pow(query, 1 - e) / std::pow(key, e);
+  }
+  double single_factor(std::uint64_t h, std::uint64_t j) const {
+    return formula(query_[h * dim_ + j], key_[h * dim_ + j], options_.s_exponent);
+  }
+  // Both members of a pair together; with shared_heads, those of all heads.
+  double pair_factor(std::uint64_t h, std::uint64_t i) const {
+    std::vector<double> q, k;
+    for (std::uint64_t head = options_.shared_heads ? 0 : h; head < (options_.shared_heads ? heads_ : h + 1);
+         ++head) {
+      for (const std::uint64_t j : {i, i + half_}) {
+        q.push_back(query_[head * dim_ + j]);
+        k.push_back(key_[head * dim_ + j]);
+      }
+    }
+    return formula(power_mean(q, 2), power_mean(k, 4), options_.n_exponent);
+  }
+  double factor_of(std::uint64_t h, std::uint64_t j) const {
+    return touched_[h * half_ + j % half_] ? single_factor(h, j) : pair_[h * half_ + j % half_];
+  }
+
+  // T': the pairs whose members want the most different factors.
+  void choose_pairs() {
+    const auto rounded = static_cast<std::uint64_t>(std::llround(static_cast<double>(dim_) / 16.0));
+    const std::uint64_t wanted = options_.top_k != 0 ? options_.top_k : std::max<std::uint64_t>(1, rounded);
+    std::vector<double> gain(heads_ * half_);
+    for (std::uint64_t h = 0; h < heads_; ++h) {
+      for (std::uint64_t i = 0; i < half_; ++i) {
+        const double pair = pair_[h * half_ + i];
+        const double both = std::fabs(std::log(single_factor(h, i) / pair)) +
+                            std::fabs(std::log(single_factor(h, i + half_) / pair));
+        gain[(options_.shared_heads ? 0 : h) * half_ + i] += both;
+      }
+    }
+    std::vector<std::uint64_t> order(half_);
+    for (std::uint64_t h = 0; h < heads_; ++h) {
+      const double* g = gain.data() + (options_.shared_heads ? 0 : h) * half_;
+      std::iota(order.begin(), order.end(), std::uint64_t{0});
+      std::stable_sort(order.begin(), order.end(),
+                       [g](std::uint64_t a, std::uint64_t b) { return g[a] > g[b]; });
+      for (std::uint64_t i = 0; i < std::min(wanted, half_); ++i) touched_[h * half_ + order[i]] = true;
+    }
+  }
+
+  // With N: the largest key of the head becomes alpha. Without: factors are relative to the untouched pairs,
+  // which keep theirs.
+  double unit_of(std::uint64_t h) const {
+    double largest = 0;
+    double logarithms = 0;
+    std::uint64_t untouched = 0;
+    for (std::uint64_t j = 0; j < dim_; ++j) {
+      largest = std::max(largest, key_[h * dim_ + j] * factor_of(h, j));
+      if (touched_[h * half_ + j % half_]) continue;
+      logarithms += std::log(factor_of(h, j));
+      ++untouched;
+    }
+    if (options_.use_n) return options_.alpha / largest;
+    return untouched == 0 ? options_.alpha / largest : std::exp(-logarithms / static_cast<double>(untouched));
+  }
+
+  const KeySmoothingOptions& options_;
+  const std::uint64_t heads_, dim_, half_;
+  const std::vector<double> query_, key_;  // [heads, D]
+  std::vector<double> pair_;               // [heads, D/2]
+  std::vector<bool> touched_;              // [heads, D/2]
+};
+
+// rows [dim, cols] = R^T rows.
+void rotate_rows(float* rows, std::uint64_t cols, std::uint64_t dim, const std::vector<double>& r) {
+  std::vector<double> column(dim);
+  for (std::uint64_t c = 0; c < cols; ++c) {
+    for (std::uint64_t d = 0; d < dim; ++d) column[d] = static_cast<double>(rows[d * cols + c]);
+    for (std::uint64_t e = 0; e < dim; ++e) {
+      double sum = 0;
+      for (std::uint64_t d = 0; d < dim; ++d) sum += r[d * dim + e] * column[d];
+      rows[e * cols + c] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+KeySmoothing key_smoothing_by_size(std::span<const double> query_size, std::span<const double> key_size,
+                                   std::uint64_t kv_heads, std::uint64_t head_dim,
+                                   const KeySmoothingOptions& options) {
+  check_head_dim(head_dim);
+  for (const auto& size : {query_size, key_size}) {
+    if (size.size() != kv_heads * head_dim)
+      mismatch("a size per key channel", kv_heads * head_dim, size.size());
+  }
+  check_constants(options);
+  return SizeSmoother(query_size, key_size, kv_heads, head_dim, options).run();
+}
+
+std::vector<double> spreading_rotation(std::uint64_t dim) {
+  std::vector<double> r(dim * dim);
+  const auto n = static_cast<double>(dim);
+  for (std::uint64_t d = 0; d < dim; ++d) {
+    for (std::uint64_t e = 0; e < dim; ++e) {
+      const double angle = std::numbers::pi * static_cast<double>((2 * d + 1) * e) / (2 * n);
+      r[d * dim + e] = std::cos(angle) * std::sqrt((e == 0 ? 1 : 2) / n);
+    }
+  }
+  return r;
+}
+
+void rotate_values(const MatrixRef& v_proj, std::span<float> v_bias, const MatrixRef& o_proj,
+                   std::uint64_t heads, std::uint64_t kv_heads, std::uint64_t head_dim) {
+  check_shape(v_proj);
+  check_shape(o_proj);
+  check_heads(heads, kv_heads);
+  if (v_proj.rows != kv_heads * head_dim) mismatch("v_proj's output", kv_heads * head_dim, v_proj.rows);
+  if (o_proj.cols != heads * head_dim) mismatch("o_proj's input", heads * head_dim, o_proj.cols);
+  if (!v_bias.empty() && v_bias.size() != v_proj.rows) mismatch("v_proj's bias", v_proj.rows, v_bias.size());
+  const std::vector<double> r = spreading_rotation(head_dim);
+  for (std::uint64_t g = 0; g < kv_heads; ++g) {
+    rotate_rows(v_proj.data.data() + g * head_dim * v_proj.cols, v_proj.cols, head_dim, r);
+    if (!v_bias.empty()) rotate_rows(v_bias.data() + g * head_dim, 1, head_dim, r);
+  }
+  for (std::uint64_t row = 0; row < o_proj.rows; ++row) {
+    for (std::uint64_t h = 0; h < heads; ++h) {
+      rotate_rows(o_proj.data.data() + row * o_proj.cols + h * head_dim, 1, head_dim, r);
+    }
+  }
 }
 
 }  // namespace fireq::libquant

@@ -60,7 +60,7 @@ struct KeySmoothingOptions {
   bool shared_heads = false;  // QK-norm with one weight vector for all heads: one N for all
   double alpha = 8;
   double beta = 8;
-  double n_exponent = 1;  // N = (alpha/r)^e
+  double n_exponent = 1;  // N = (alpha/r)^e; by size: in proportion to query^(1-e) / key^e
   double s_exponent = 1;
   std::uint64_t top_k = 0;  // 0: max(1, round(D/16))
 };
@@ -70,5 +70,22 @@ struct KeySmoothingOptions {
 KeySmoothing key_smoothing(std::span<const float> pair_radius, std::span<const float> post_rope_absmax,
                            std::uint64_t kv_heads, std::uint64_t head_dim,
                            const KeySmoothingOptions& options);
+
+// The same factors from what queries and keys are like on the whole, not from the keys' maxima alone
+// (docs/numerics.md, "Factors from moments"). query_size [kv_heads, D]: root mean square of the group's
+// queries after RoPE; key_size [kv_heads, D]: fourth root of the mean fourth power of the keys after RoPE.
+// top_k is a number of pairs here; beta is not used: the largest key_size of a head, times its factor,
+// becomes alpha.
+KeySmoothing key_smoothing_by_size(std::span<const double> query_size, std::span<const double> key_size,
+                                   std::uint64_t kv_heads, std::uint64_t head_dim,
+                                   const KeySmoothingOptions& options);
+
+// An orthogonal matrix R [dim, dim] row-major that spreads each value channel over all of them: the cosine
+// transform of type II, R[d][e] = sqrt(2 / dim) cos(pi (2d + 1) e / (2 dim)), column 0 over sqrt 2.
+std::vector<double> spreading_rotation(std::uint64_t dim);
+// W_v's rows (and its bias, or empty) of each KV head become R^T times them, and o_proj's columns of each
+// query head are multiplied by R from the right: the product stays what it was.
+void rotate_values(const MatrixRef& v_proj, std::span<float> v_bias, const MatrixRef& o_proj,
+                   std::uint64_t heads, std::uint64_t kv_heads, std::uint64_t head_dim);
 
 }  // namespace fireq::libquant

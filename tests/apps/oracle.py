@@ -146,6 +146,7 @@ class Model:
         self.linear = []
         self.norms = []
         self.s = []
+        self.shift = []
         for i in range(c.layers):
             prefix = f"model.layers.{i}."
             layer = {}
@@ -164,6 +165,10 @@ class Model:
             s = tensors.get(prefix + "self_attn.k_post_rope_scale")
             if s:
                 assert s[0] == "F32" and s[1].shape == (c.kv_heads, c.head_dim), (prefix, s[1].shape)
+            shift = tensors.get(prefix + "self_attn.k_post_rope_shift")
+            if shift:
+                assert shift[0] == "F32" and shift[1].shape == (c.kv_heads, c.head_dim), (prefix, shift[1].shape)
+            self.shift.append(shift[1].astype(np.float32) if shift else np.zeros((c.kv_heads, c.head_dim), np.float32))
             self.s.append(s[1].astype(np.float32) if s else np.ones((c.kv_heads, c.head_dim), np.float32))
         self.embedding = to_float(*tensors["model.embed_tokens.weight"])
         head = tensors.get("lm_head.weight")
@@ -205,7 +210,7 @@ class Model:
             q, key, value = (self._apply(i, f"self_attn.{n}_proj", x, fp8).reshape(length, -1, c.head_dim)
                              for n in "qkv")
             q, key = rope(q), rope(key)
-            key = key * self.s[i]
+            key = (key - self.shift[i]) * self.s[i]
             q = q / np.repeat(self.s[i], group, axis=0)
             sigma_k = sigma_v = None
             if k == "int4":

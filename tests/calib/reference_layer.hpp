@@ -52,6 +52,11 @@ class ReferenceLayer {
     out.at(formats::Site::k_pre_rope) = k;
     rope(q, length, c_.heads);
     rope(k, length, c_.kv_heads);
+    if (!w_.k_post_rope_shift.empty()) {
+      for (std::size_t i = 0; i < k.size(); ++i) {
+        k[i] -= static_cast<double>(w_.k_post_rope_shift[i % (c_.kv_heads * d)]);
+      }
+    }
     if (!w_.k_post_rope_scale.empty()) {
       for (std::size_t i = 0; i < k.size(); ++i) k[i] *= smooth(i % (c_.kv_heads * d));
       for (std::size_t i = 0; i < q.size(); ++i) {

@@ -68,7 +68,11 @@ TEST_P(FoldingPreserves, TheFunctionOfEveryFold) {
   const auto ids = random_ids(40, GetParam().model.vocab, 7);
   Progress silent;
   const Windows windows{random_ids(4 * 32, GetParam().model.vocab, 8), 4, 32};
-  const formats::CalibrationStatistics statistics = calibrate(*source, windows, 2, silent);
+  formats::CalibrationStatistics statistics = calibrate(*source, windows, 2, silent);
+  for (formats::LayerStatistics& layer : statistics.layers) {
+    ASSERT_EQ(layer.k_centre_gain.size(), source->config().kv_heads);
+    std::fill(layer.k_centre_gain.begin(), layer.k_centre_gain.end(), 1.0);  // every head is centred
+  }
   const std::vector<float> before = window_logits(*source, ids, {}, 2);
   double largest = 0;
   for (const float x : before) largest = std::max(largest, static_cast<double>(std::fabs(x)));
@@ -91,9 +95,21 @@ TEST_P(FoldingPreserves, TheFunctionOfEveryFold) {
     r.key_n_exponent = 0.5;
     r.key_s_exponent = 0.7;
   });
+  add("n, s by moments", [](Recipe& r) {
+    r.key_n = r.key_s = true;
+    r.key_factors = KeyFactors::moments;
+    r.key_n_exponent = r.key_s_exponent = 0.75;
+  });
+  add("centre", [](Recipe& r) { r.key_centre = true; });
+  add("n, s by moments, centre", [](Recipe& r) {
+    r.key_n = r.key_s = r.key_centre = true;
+    r.key_factors = KeyFactors::moments;
+  });
+  add("values rotated", [](Recipe& r) { r.value_rotation = true; });
   add("value power of two", [](Recipe& r) { r.value_power_of_two = true; });
   recipes.emplace_back("paper", preset_recipe("paper"));
   recipes.emplace_back("fast", preset_recipe("fast"));
+  recipes.emplace_back("best", preset_recipe("best"));
 
   for (const auto& [name, recipe] : recipes) {
     const Folded folded(*source, recipe, statistics);
@@ -172,6 +188,39 @@ TEST(Folding, RefusesStatisticsOfAnotherShape) {
     EXPECT_EQ(e.kind(), ErrorKind::input);
     EXPECT_NE(std::string(e.what()).find("down_in"), std::string::npos) << e.what();
     EXPECT_NE(std::string(e.what()).find("79"), std::string::npos) << e.what();
+  }
+}
+
+// After folding with every head centred, the keys that are cached have the mean 0; without, they keep it.
+TEST(Folding, CentredKeysHaveNoMean) {
+  const TemporaryFolder folder("folding-centre");
+  const RandomModel model{.heads = 4, .kv_heads = 2, .head_dim = 16, .seed = 12};
+  write_random_model(folder.path(), model);
+  const auto source = open_weights(folder.path().string());
+  Progress silent;
+  const Windows windows{random_ids(4 * 32, model.vocab, 9), 4, 32};
+  auto statistics = calibrate(*source, windows, 2, silent);
+  Recipe recipe = preset_recipe("rtn");
+  recipe.key_n = recipe.key_s = recipe.key_centre = true;
+  recipe.key_factors = KeyFactors::moments;
+  recipe.key_n_exponent = recipe.key_s_exponent = 2.0 / 3.0;
+  for (const double gain : {1.0, -1.0}) {
+    for (auto& layer : statistics.layers) layer.k_centre_gain = {gain, 1.0};
+    const Folded folded(*source, recipe, statistics);
+    const auto again = calibrate(folded, windows, 2, silent);  // layer 0 sees the same tokens
+    const formats::SiteStatistics& k = again.layers[0].site(formats::Site::k_post_rope);
+    double largest[2] = {};
+    for (std::size_t c = 0; c < 32; ++c) {
+      const double deviation = std::sqrt(k.sumsq[c] / static_cast<double>(k.count));
+      largest[c / 16] =
+          std::max(largest[c / 16], std::fabs(k.sum1[c]) / static_cast<double>(k.count) / deviation);
+    }
+    EXPECT_LT(largest[1], 1e-4);
+    if (gain > 0) {
+      EXPECT_LT(largest[0], 1e-4);
+    } else {
+      EXPECT_GT(largest[0], 1e-2);
+    }
   }
 }
 

@@ -67,6 +67,7 @@ LayerWeights random_layer(const formats::ModelConfig& c, Random& random, const E
     w.k_post_rope_scale.assign(c.kv_heads * c.head_dim, 1.0F);
     for (int i = 0; i < 4; ++i)
       w.k_post_rope_scale[random.below(c.kv_rows())] = 0.2F + std::fabs(random.normal());
+    w.k_post_rope_shift = random.normals(c.kv_rows(), 0.5);
   }
   return w;
 }

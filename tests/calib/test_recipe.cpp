@@ -55,8 +55,11 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_TRUE(best.curvature && best.compensate && best.residual);
   EXPECT_EQ(best.weights.levels, libquant::Levels::normal());
   EXPECT_EQ(best.descent_passes, 3U);
-  EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.5);
-  EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.5);
+  EXPECT_EQ(best.key_factors, KeyFactors::moments);
+  EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.75);
+  EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.75);
+  EXPECT_TRUE(best.value_rotation && best.key_centre);
+  EXPECT_EQ(fast.key_factors, KeyFactors::maxima);
 }
 
 TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
@@ -133,6 +136,7 @@ TEST(Recipe, EveryKeyIsReadAndWritten) {
     if (key == "rounding") return "product";
     if (key == "search") return json{-1, 1};
     if (key == "lambda1") return "scalar";
+    if (key == "factors") return "moments";
     if (key == "top_k" || key == "passes") return v.get<unsigned>() + 1;
     return v.get<double>() * 0.5 + 0.25;
   };

@@ -284,6 +284,8 @@ TEST_F(FireqTensors, AcceptsWhatThePageSays) {
   EXPECT_FALSE(check());
   plain(layer + "self_attn.k_post_rope_scale", "F32", "[1,32]", 128);
   tensors[layer + "self_attn.k_post_rope_scale"].data = floats(std::vector<float>(32, 0.5F));
+  plain(layer + "self_attn.k_post_rope_shift", "F32", "[1,32]", 128);
+  tensors[layer + "self_attn.k_post_rope_shift"].data = floats(std::vector<float>(32, -0.5F));
   plain(down + "weight_levels", "F32", "[8]", 32);
   tensors[down + "weight_levels"].data = floats({0, 1, 2, 3, 4, 5, 6, 448});
   EXPECT_FALSE(check());
@@ -401,6 +403,18 @@ TEST_F(FireqTensors, SmallContents) {
                     .tensor = name,
                     .expected = "finite values above 0",
                     .found = text + " at element 31"});
+  }
+  for (const float bad : {nan, -std::numeric_limits<float>::infinity()}) {
+    tensors = all;
+    const std::string name = layer + "self_attn.k_post_rope_shift";
+    plain(name, "F32", "[1,32]", 128);
+    std::vector<float> shifts(32, -1);
+    shifts[7] = bad;
+    tensors[name].data = floats(shifts);
+    expect_refused({.message = "bad shift",
+                    .tensor = name,
+                    .expected = "finite values",
+                    .found = std::string(std::isnan(bad) ? "nan" : "-inf") + " at element 7"});
   }
   tensors = all;
   quantization.ignore = {"model.layers.1.mlp.down_proj"};

@@ -66,6 +66,9 @@ CalibrationStatistics random_statistics(std::uint64_t seed, std::size_t layers =
     for (std::uint64_t i = 0; i < kKvHeads * kHeadDim / 2; ++i) {
       layer.k_pair_radius.push_back(static_cast<float>(random() % 1000) / 7.0F);
     }
+    for (std::uint64_t g = 0; g < kKvHeads; ++g) {
+      layer.k_centre_gain.push_back(static_cast<double>(random() % 1000) / 7.0 - 70);
+    }
   }
   return all;
 }
@@ -93,6 +96,7 @@ void expect_same(const CalibrationStatistics& a, const CalibrationStatistics& b)
   for (std::size_t i = 0; i < a.layers.size(); ++i) {
     for (std::size_t s = 0; s < kSites; ++s) expect_same(a.layers[i].sites[s], b.layers[i].sites[s]);
     EXPECT_EQ(a.layers[i].k_pair_radius, b.layers[i].k_pair_radius);
+    EXPECT_EQ(a.layers[i].k_centre_gain, b.layers[i].k_centre_gain);
   }
 }
 
@@ -161,6 +165,10 @@ TEST(Statistics, MergeAddsUp) {
     for (std::size_t k = 0; k < ab.layers[i].k_pair_radius.size(); ++k) {
       EXPECT_EQ(ab.layers[i].k_pair_radius[k],
                 std::max(a.layers[i].k_pair_radius[k], b.layers[i].k_pair_radius[k]));
+    }
+    ASSERT_EQ(ab.layers[i].k_centre_gain.size(), kKvHeads);
+    for (std::size_t g = 0; g < kKvHeads; ++g) {
+      EXPECT_EQ(ab.layers[i].k_centre_gain[g], a.layers[i].k_centre_gain[g] + b.layers[i].k_centre_gain[g]);
     }
   }
   check_statistics(ab, "merged");
@@ -233,6 +241,11 @@ TEST(Statistics, MergeRefusesAnotherModelAndChangesNothing) {
        {.message = "statistics of another model: the number of key pairs differs",
         .expected = "6",
         .found = "3"}},
+      {"gain",
+       [](auto& s) { s.layers[1].k_centre_gain.resize(1); },
+       {.message = "statistics of another model: the number of KV heads differs",
+        .expected = "2",
+        .found = "1"}},
       {"text",
        [](auto& s) { s.meta.text_fingerprint = "xyz"; },
        {.message = "text fingerprint is malformed", .expected = "32 hexadecimal digits", .found = "'xyz'"}},
@@ -305,6 +318,16 @@ TEST(Statistics, ContentThatBreaksARuleIsNeverWritten) {
         .tensor = "/layers/000/k_pair_radius",
         .expected = "6",
         .found = "5"}},
+      {[](auto& s) { s.layers[1].k_centre_gain.push_back(1); },
+       {.message = "wrong number of values",
+        .tensor = "/layers/001/k_centre_gain",
+        .expected = "2",
+        .found = "3"}},
+      {[](auto& s) { s.layers[1].k_centre_gain[1] = std::numeric_limits<double>::infinity(); },
+       {.message = "a value is out of range",
+        .tensor = "/layers/001/k_centre_gain",
+        .expected = "finite values",
+        .found = "inf at [1]"}},
       {[](auto& s) { s.meta.model_fingerprint = std::string(65, 'a'); },
        {.message = "a fingerprint is malformed",
         .tensor = "/meta",
@@ -505,7 +528,7 @@ TEST_F(ForgedStatistics, TheTableHasTheKeysOfTheFormat) {
       {.message = "key 'layers.000.q....' that is unknown, or null", .expected = "10 keys", .found = "11"});
   expect_refused(
       [](json& t) { t["layers"][0]["other"] = json::object(); },
-      {.message = "key 'layers.000....' that is unknown, or null", .expected = "9 keys", .found = "10"});
+      {.message = "key 'layers.000....' that is unknown, or null", .expected = "10 keys", .found = "11"});
   expect_refused([](json& t) { t["layers"][2] = 7; },
                  {.message = "key 'layers.002' is not a JSON object", .expected = "an object", .found = "7"});
 }

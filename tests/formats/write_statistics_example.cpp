@@ -48,6 +48,9 @@ CalibrationStatistics example() {
     for (std::uint64_t k = 0; k < kKvHeads * kHeadDim / 2; ++k) {
       all.layers[i].k_pair_radius.push_back(static_cast<float>(10 * i + k) + 0.25F);
     }
+    for (std::uint64_t g = 0; g < kKvHeads; ++g) {
+      all.layers[i].k_centre_gain.push_back(static_cast<double>(10 * i + g) - 0.75);
+    }
   }
   return all;
 }

@@ -293,5 +293,133 @@ TEST(Keys, RefusesWhatCannotBe) {
   EXPECT_EQ(key_smoothing(tiny, m, 1, 8, options).n, std::vector<float>(8, 1.0F));
 }
 
+std::vector<double> random_sizes(std::size_t n) {
+  std::vector<double> x(n);
+  for (double& v : x) v = 0.05 + std::fabs(static_cast<double>(random_vector(1)[0]));
+  return x;
+}
+
+// The expected error that the factors are made to lessen: mean square of the scale, bounded by the fourth
+// moments, times the queries' weight on each channel's error.
+double expected_error(const std::vector<double>& q, const std::vector<double>& k,
+                      const std::vector<double>& s) {
+  double scale = 0, weight = 0;
+  for (std::size_t j = 0; j < s.size(); ++j) {
+    scale += std::pow(k[j] * s[j], 4);
+    weight += q[j] * q[j] / (s[j] * s[j]);
+  }
+  return std::sqrt(scale) * weight;
+}
+
+TEST(KeysBySize, ExponentTwoThirdsHasTheLeastExpectedError) {
+  constexpr std::uint64_t kDim = 16;
+  const std::vector<double> q = random_sizes(kDim), k = random_sizes(kDim);
+  KeySmoothingOptions options;
+  options.n_exponent = options.s_exponent = 2.0 / 3.0;
+  options.top_k = kDim / 2;  // every channel has its own factor
+  const KeySmoothing keys = key_smoothing_by_size(q, k, 1, kDim, options);
+  EXPECT_EQ(keys.n, std::vector<float>(kDim, 1.0F));
+  const std::vector<double> found(keys.s.begin(), keys.s.end());
+  const double least = expected_error(q, k, found);
+  for (std::size_t j = 0; j < kDim; ++j) {
+    for (const double step : {0.9, 1.1}) {
+      std::vector<double> moved = found;
+      moved[j] *= step;
+      EXPECT_GT(expected_error(q, k, moved), least * (1 + 1e-6)) << j << " by " << step;
+    }
+  }
+  EXPECT_GT(expected_error(q, k, std::vector<double>(kDim, 1.0)), least);
+}
+
+TEST(KeysBySize, PairsShareTheirFactorAndTheMostUnequalAreLeftToS) {
+  constexpr std::uint64_t kHeads = 3, kDim = 12, kHalf = 6;
+  std::vector<double> q = random_sizes(kHeads * kDim), k = random_sizes(kHeads * kDim);
+  for (std::uint64_t h = 0; h < kHeads; ++h) {
+    for (std::uint64_t i = 0; i < kHalf; ++i) {  // pair h is unequal in head h, the others nearly equal
+      q[h * kDim + i + kHalf] = q[h * kDim + i];
+      k[h * kDim + i + kHalf] = k[h * kDim + i] * (i == h ? 20 : 1.01);
+    }
+  }
+  for (const bool shared : {false, true}) {
+    KeySmoothingOptions options;
+    options.alpha = 5;
+    options.n_exponent = options.s_exponent = 0.75;
+    options.top_k = shared ? 3 : 1;
+    options.shared_heads = shared;
+    const KeySmoothing keys = key_smoothing_by_size(q, k, kHeads, kDim, options);
+    for (std::uint64_t h = 0; h < kHeads; ++h) {
+      double largest = 0;
+      for (std::uint64_t j = 0; j < kDim; ++j) {
+        const std::uint64_t at = h * kDim + j, pair = j % kHalf;
+        const bool touched = shared ? pair < 3 : pair == h;
+        EXPECT_EQ(keys.n[at] == 1.0F, touched) << shared << h << j;
+        EXPECT_EQ(keys.s[at] == 1.0F, !touched) << shared << h << j;
+        EXPECT_EQ(keys.n[at], keys.n[h * kDim + (j + kHalf) % kDim]);
+        if (shared) {
+          EXPECT_EQ(keys.n[at], keys.n[j]);
+        }
+        largest = std::max(largest, k[at] * static_cast<double>(keys.n[at] * keys.s[at]));
+      }
+      if (shared) {
+        EXPECT_LT(largest, 5.0 * (1 + 1e-6));
+      } else {
+        EXPECT_NEAR(largest, 5.0, 1e-5);
+      }
+      // Two channels of S: in proportion to q^(1/4) / k^(3/4).
+      const std::uint64_t a = h * kDim + (shared ? 0 : h), b = a + kHalf;
+      const double wanted = std::pow(q[a] / q[b], 0.25) * std::pow(k[b] / k[a], 0.75);
+      EXPECT_NEAR(static_cast<double>(keys.s[a] / keys.s[b]), wanted, 1e-5 * wanted);
+    }
+  }
+}
+
+TEST(KeysBySize, SilentChannelsAndImpossibleSizes) {
+  std::vector<double> q(8, 1.0), k(8, 1.0);
+  q[3] = k[3] = k[5] = 0;
+  for (const float f : key_smoothing_by_size(q, k, 1, 8, {}).n) EXPECT_TRUE(std::isnormal(f));
+  const KeySmoothing none =
+      key_smoothing_by_size(std::vector<double>(8, 0), std::vector<double>(8, 0), 1, 8, {});
+  for (std::size_t j = 0; j < 8; ++j) EXPECT_TRUE(std::isnormal(none.n[j] * none.s[j]));
+  EXPECT_THROW(key_smoothing_by_size(q, k, 2, 8, {}), Error);
+  EXPECT_THROW(key_smoothing_by_size(q, k, 1, 7, {}), Error);
+  k[2] = -1;
+  EXPECT_THROW(key_smoothing_by_size(q, k, 1, 8, {}), Error);
+  k[2] = std::nan("");
+  EXPECT_THROW(key_smoothing_by_size(q, k, 1, 8, {}), Error);
+}
+
+TEST(Values, RotationIsOrthogonalAndCancels) {
+  for (const std::uint64_t dim : {1U, 2U, 48U, 64U}) {
+    const std::vector<double> r = spreading_rotation(dim);
+    for (std::uint64_t a = 0; a < dim; ++a) {
+      for (std::uint64_t b = 0; b < dim; ++b) {
+        double sum = 0;
+        for (std::uint64_t d = 0; d < dim; ++d) sum += r[d * dim + a] * r[d * dim + b];
+        EXPECT_NEAR(sum, a == b ? 1.0 : 0.0, 1e-12);
+      }
+    }
+  }
+  constexpr std::uint64_t kHeads = 4, kKvHeads = 2, kDim = 8, kIn = 5, kOut = 7;
+  std::vector<float> v = random_vector(kKvHeads * kDim * kIn), o = random_vector(kOut * kHeads * kDim);
+  std::vector<float> bias = random_vector(kKvHeads * kDim);
+  const std::vector<float> v0 = v, o0 = o, bias0 = bias;
+  rotate_values({v, kKvHeads * kDim, kIn}, bias, {o, kOut, kHeads * kDim}, kHeads, kKvHeads, kDim);
+  EXPECT_NE(v, v0);
+  const auto output = [&](const std::vector<float>& wv, const std::vector<float>& b,
+                          const std::vector<float>& wo, const std::vector<double>& x) {
+    std::vector<double> value = times(wv, kKvHeads * kDim, x), spread(kHeads * kDim);
+    for (std::size_t i = 0; i < value.size(); ++i) value[i] += static_cast<double>(b[i]);
+    for (std::uint64_t c = 0; c < spread.size(); ++c) spread[c] = value[c / kDim / 2 * kDim + c % kDim];
+    return times(wo, kOut, spread);
+  };
+  const std::vector<double> x = random_sizes(kIn);
+  const std::vector<double> before = output(v0, bias0, o0, x), after = output(v, bias, o, x);
+  for (std::size_t i = 0; i < kOut; ++i) EXPECT_NEAR(after[i], before[i], 2e-5);
+  std::vector<float> narrow(3);
+  EXPECT_THROW(
+      rotate_values({v, kKvHeads * kDim, kIn}, narrow, {o, kOut, kHeads * kDim}, kHeads, kKvHeads, kDim),
+      Error);
+}
+
 }  // namespace
 }  // namespace fireq::libquant
