@@ -48,7 +48,7 @@ struct ExchangeSlots {
   __device__ __forceinline__ ExchangeSlots(const SplitPlan& plan, std::uint32_t block, uint4* thread_base,
                                            std::uint32_t place)
       : first(plan.first_worker(block)), workers(plan.last_worker(block) - first + 1), step_(2 * place) {
-    const bool began_before = plan.share_begin(first) < block * plan.units;
+    const bool began_before = plan.shares == 0 && plan.share_begin(first) < block * plan.units;
     base_ = thread_base + static_cast<std::uint64_t>(first) * step_;
     first_ = base_ + (began_before ? place : 0);
   }
@@ -85,15 +85,17 @@ __device__ __forceinline__ void collect(const ExchangeSlots& slots, std::uint32_
       }
     }
     uint4 v[kFlight];
+#pragma unroll
+    for (std::uint32_t f = 0; f < kFlight; ++f) v[f] = make_uint4(f < now ? kEmpty : 0U, 0U, 0U, 0U);
     bool full = false;
     while (!full) {
       full = true;
 #pragma unroll
-      for (std::uint32_t f = 0; f < kFlight; ++f)
-        if (f < now) v[f] = peek(slot[f]);
+      for (std::uint32_t f = 0; f < kFlight;
+           ++f)  // only what has not come yet: polling takes bandwidth from it
+        if (!is_full(v[f])) v[f] = peek(slot[f]);
 #pragma unroll
-      for (std::uint32_t f = 0; f < kFlight; ++f)
-        if (f < now) full = full && is_full(v[f]);
+      for (std::uint32_t f = 0; f < kFlight; ++f) full = full && is_full(v[f]);
     }
 #pragma unroll
     for (std::uint32_t f = 0; f < kFlight; ++f) {

@@ -274,8 +274,6 @@ class PrefillConsumer {
       watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
-      __syncwarp();
-      ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), lane_ == 0);
       const std::uint64_t descriptor =
           wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
 #pragma unroll
@@ -284,6 +282,11 @@ class PrefillConsumer {
         if (s == 3) release(ring_.previous(), i != 0);
         fragment.expand(s, a[s]);
         pin(a[s]);
+        if (s ==
+            2) {  // not before the codes were used: an arrival may overtake loads that have not come back
+          __syncwarp();
+          ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), ptx::arrives(lane_, 0));
+        }
         if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
             dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start + i, s, lane_, a[s]);
@@ -301,8 +304,9 @@ class PrefillConsumer {
   // One arrival a warp at both CTAs, whose producers write this stage.
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && lane_ == 0);
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U, condition && lane_ == 1);
+    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && ptx::arrives(lane_, 0));
+    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U,
+                                    condition && ptx::arrives(lane_, 1));
   }
 
   // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
@@ -532,8 +536,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     if (ptx::elect_one()) {
       for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
         ptx::mbarrier_init(shared.full(i), 1);
-        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
-        ptx::mbarrier_init(shared.weight_empty(i), 8);
+        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster * ptx::kWarpArrivals);
+        ptx::mbarrier_init(shared.weight_empty(i), 8 * ptx::kWarpArrivals);
       }
       ptx::mbarrier_init_fence();
     }

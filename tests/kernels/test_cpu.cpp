@@ -21,16 +21,20 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
   std::mt19937 rng(std::random_device{}());
   std::uniform_int_distribution<std::uint32_t> blocks(1, 500), units(1, 60), workers(1, 140), share(0, 6);
   for (int round = 0; round < 300; ++round) {
-    const SplitPlan plan = make_split_plan(blocks(rng), units(rng), workers(rng), share(rng));
-    SCOPED_TRACE(std::to_string(plan.blocks) + " blocks " + std::to_string(plan.units) + " units " +
-                 std::to_string(plan.workers) + " workers");
+    SplitPlan plan = make_split_plan(blocks(rng), units(rng), workers(rng), share(rng));
+    const bool even = round % 2 == 0;
+    if (even) plan = make_even_plan(plan.blocks, plan.units, plan.workers);
+    SCOPED_TRACE((even ? "even, " : "") + std::to_string(plan.blocks) + " blocks " +
+                 std::to_string(plan.units) + " units " + std::to_string(plan.workers) + " workers");
     std::vector<int> seen(plan.blocks * plan.units, 0);
     std::vector<std::uint64_t> load(plan.workers, 0);
     for (std::uint32_t w = 0; w < plan.workers; ++w) {
       SegmentWalk walk(plan, w);
       Segment s;
       std::set<std::pair<std::uint32_t, std::uint32_t>> partial;
+      std::uint32_t parts = 0;
       while (walk.next(s)) {
+        ++parts;
         ASSERT_LT(s.begin, s.end);
         ASSERT_LE(s.end, plan.units);
         ASSERT_LT(s.block, plan.blocks);
@@ -51,6 +55,10 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
           EXPECT_TRUE(whole);
         }
       }
+      if (even) {
+        const std::uint32_t rounds = (plan.blocks - plan.split_blocks) / plan.workers;
+        EXPECT_EQ(parts, rounds + (plan.split_blocks != 0 && w < plan.split_workers ? 1U : 0U));
+      }
     }
     EXPECT_THAT(seen, ::testing::Each(1));
     // Every worker between the first and the last of a block contributes.
@@ -60,7 +68,13 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
         EXPECT_GT(plan.share_begin(w + 1), b * plan.units);
       }
     const auto [low, high] = std::minmax_element(load.begin(), load.end());
-    EXPECT_LE(*high - *low, 1U) << "uneven shares";
+    if (even && plan.split_blocks != 0) {  // as many workers a block as there are, give or take one
+      const std::uint32_t rounds = (plan.blocks - plan.split_blocks) / plan.workers;
+      EXPECT_LE(*high, rounds * plan.units + (plan.units + plan.shares - 1) / plan.shares);
+      EXPECT_GE(plan.shares, std::min(plan.units, plan.workers / plan.split_blocks));
+    } else {
+      EXPECT_LE(*high - *low, 1U) << "uneven shares";
+    }
   }
 }
 
