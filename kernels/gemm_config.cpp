@@ -27,19 +27,20 @@ GemmChoice choose_decode(const DeviceInfo& device, std::uint64_t tokens, std::ui
   const std::uint32_t tile = decode_tile(tokens);
   const std::uint64_t blocks = (rows + 127) / 128;
   const std::uint64_t room = 2ULL * device.multiprocessors;  // CTAs that run at once
-  // A share of K of ten groups fits into the weight ring while the kernel before still runs.
-  if (cols <= 40 * 128 && blocks * 4 <= room)
-    return {{Route::decode, tile, 4}, "decode, a cluster of four a row tile, each with a quarter of K"};
-  if (blocks > device.multiprocessors && blocks <= room) {
-    if (tile <= 16) return {{Route::decode, tile, 1, 1, false}, "decode, a CTA a row tile"};
-    return {{Route::decode, tile, 1, 2, true, true}, "decode, two CTAs a multiprocessor, a row tile each"};
+  const std::uint64_t one_each = device.multiprocessors;
+  // Shares of K that fit into the weight ring, or nearly, while the kernel before still runs.
+  if (cols <= 5120 && blocks * 2 <= room) {
+    if (blocks * 4 <= room)
+      return {{Route::decode, tile, 4}, "decode, a cluster of four a row tile, each with a quarter of K"};
+    return {{Route::decode, tile, 2}, "decode, a cluster of two a row tile, each with half of K"};
   }
-  // From about 100 million weights on a second CTA a multiprocessor hides more than it costs in overlap with
-  // the next kernel.
-  if (rows * cols >= 100'000'000)
-    return {{Route::decode, tile, 1, 2, true, blocks <= room}, "decode, two CTAs a multiprocessor"};
-  return {{Route::decode, tile, 1, 1, true, blocks <= device.multiprocessors},
-          "decode, room for the next kernel's CTAs"};
+  if (blocks > one_each && blocks <= room && tile <= 16)
+    return {{Route::decode, tile, 1, 1, false}, "decode, a CTA a row tile"};
+  // A second CTA a multiprocessor costs overlap with the next kernel: it pays where one would leave row tiles
+  // to half of the multiprocessors, and on large layers.
+  if (blocks * 2 > one_each || rows * cols >= 100'000'000)
+    return {{Route::decode, tile, 1, 2}, "decode, two CTAs a multiprocessor"};
+  return {{Route::decode, tile, 1}, "decode, room for the next kernel's CTAs"};
 }
 
 // Rounds of whole tiles, or what does not fill a round cut along K, by times measured on an H200:
@@ -67,7 +68,7 @@ GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::u
     const double time = cut ? even : whole;
     if (least != 0 && time >= least) continue;
     least = time;
-    best.config = {Route::prefill, cost.token_tile, 2, 1, cut, cut};
+    best.config = {Route::prefill, cost.token_tile, 2, 1, cut};
     best.reason = "prefill: " + std::to_string(blocks) + " tiles of 256 x " +
                   std::to_string(cost.token_tile) + " on " + std::to_string(clusters) +
                   " pairs of multiprocessors, " + (cut ? "the remainder cut along K" : "in whole rounds");
@@ -97,7 +98,6 @@ std::string to_string(const GemmConfig& config) {
   if (config.route == Route::decode || config.route == Route::prefill)
     s += " c" + std::to_string(config.cluster);
   if (!config.split_k) s += " whole";
-  if (config.even) s += " even";
   if (config.per_sm != 1) s += " s" + std::to_string(config.per_sm);
   return s;
 }
@@ -110,7 +110,6 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
         if (tile < tokens) continue;
         for (const std::uint32_t per_sm : {1U, 2U}) {
           all.push_back({Route::decode, tile, 1, per_sm});
-          all.push_back({Route::decode, tile, 1, per_sm, true, true});
         }
         all.push_back({Route::decode, tile, 1, 1, false});
         for (std::uint32_t cluster = 2; cluster <= decode_most_shares(tile); cluster *= 2)
@@ -119,7 +118,6 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
     }
     for (const std::uint32_t tile : kPrefillTiles) {
       all.push_back({Route::prefill, tile, 2});
-      all.push_back({Route::prefill, tile, 2, 1, true, true});
       all.push_back({Route::prefill, tile, 2, 1, false});
     }
   }
@@ -149,11 +147,10 @@ SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& 
   if (one_block_a_cluster(config)) {
     std::uint32_t shares = config.cluster;
     while (shares > units) shares /= 2;
-    return make_even_plan(blocks, units, blocks * shares);
+    return make_split_plan(blocks, units, blocks * shares);
   }
   const std::uint32_t workers = std::max(1U, multiprocessors * config.per_sm);
-  if (config.even) return make_even_plan(blocks, units, workers);
-  return make_split_plan(blocks, units, workers, 4);
+  return make_split_plan(blocks, units, workers);
 }
 
 SplitPlan prefill_plan(std::uint64_t rows, std::uint64_t cols, std::uint64_t tokens, const GemmConfig& config,
@@ -163,10 +160,9 @@ SplitPlan prefill_plan(std::uint64_t rows, std::uint64_t cols, std::uint64_t tok
       (rows + pair_rows - 1) / pair_rows * ((tokens + config.token_tile - 1) / config.token_tile);
   const std::uint32_t clusters = std::max(1U, multiprocessors / config.cluster);
   const auto units = static_cast<std::uint32_t>((cols + 127) / 128);
-  if (config.even) return make_even_plan(static_cast<std::uint32_t>(blocks), units, clusters);
-  SplitPlan plan = make_split_plan(static_cast<std::uint32_t>(blocks), units, clusters, 4);
+  SplitPlan plan = make_split_plan(static_cast<std::uint32_t>(blocks), units, clusters);
   if (!config.split_k) {
-    plan.split_blocks = 0;
+    plan.split_blocks = plan.split_workers = 0;
     plan.workers = std::min(clusters, plan.blocks);
   }
   return plan;

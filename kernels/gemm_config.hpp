@@ -34,9 +34,9 @@ struct GemmConfig {
   std::uint32_t cluster = 1;
   std::uint32_t per_sm =
       1;  // decode: CTAs a multiprocessor; two hide latency, one leaves room for the next kernel
-  // Prefill: cut what does not fill a round of clusters along K. Decode: false leaves a block to one CTA.
+  // Blocks that do not fill a round of workers are cut along K. false: prefill rounds that do not fill;
+  // decode CTAs with a block each, in a grid as large as it takes.
   bool split_k = true;
-  bool even = false;  // what is shared is cut block by block, so that a worker sums one part
   bool operator==(const GemmConfig&) const = default;
 };
 
@@ -61,7 +61,7 @@ constexpr std::uint32_t decode_groups_per_unit(std::uint32_t token_tile) {
 constexpr std::uint32_t decode_most_shares(std::uint32_t token_tile) {
   return token_tile >= 64 ? 8 : 4;
 }
-// Decode kernels whose CTAs (a cluster, or one) have one block each, in a grid as large as it takes.
+// Decode kernels whose clusters, or CTAs, have one block each.
 constexpr bool one_block_a_cluster(const GemmConfig& config) {
   return config.cluster > 1 || !config.split_k;
 }

@@ -245,10 +245,20 @@ class DecodeConsumer {
         watch.stamp(Stamp::stored);
         receive(segment.block);
       } else {
-        const ExchangeSlots slots = slots_of(segment.block);
-        uint4* slot = slots.of(blockIdx.x - slots.first);
+        const Exchange exchange = exchange_of(segment.block);
+        uint4* slot = exchange.at(exchange.offset(exchange.me, 0));
+        std::uint32_t own = p_.plan.all_shared() ? exchange.mine : Traits::kBlocks;
+        std::uint32_t to = sums();
 #pragma unroll
-        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) publish(slot + 128 * j, as_words(acc + 4 * j));
+        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) {
+          if (j == own) {  // stays here: sums() is not wanted for anything else
+            ptx::store_shared_16(to, not_empty(as_words(acc + 4 * j)));
+            to += 4096;
+            own += exchange.workers;
+          } else {
+            publish(slot + 128 * j, as_words(acc + 4 * j));
+          }
+        }
       }
       if constexpr (Traits::kClusters) break;  // there is no other
     }
@@ -267,9 +277,10 @@ class DecodeConsumer {
   __device__ __forceinline__ std::uint32_t sums() const {
     return shared_.base + Traits::kSumOffset + 16 * (128 * group_ + 32 * warp_ + lane_);
   }
-  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
-    return ExchangeSlots(p_.plan, block, p_.workspace + group_ * (128 * Traits::kBlocks) + 32 * warp_ + lane_,
-                         2 * 128 * Traits::kBlocks);
+  __device__ __forceinline__ Exchange exchange_of(std::uint32_t block) const {
+    const std::uint32_t offset = group_ * Traits::kBlocks;
+    return Exchange(p_.plan, block, blockIdx.x, offset, p_.workspace + 128 * offset + 32 * warp_ + lane_,
+                    2 * 128 * Traits::kBlocks);
   }
   // Where the CTA that stores a 16 x 8 block keeps a share's part of it: block `index` of both warpgroups'
   // belongs to CTA index mod shares of the cluster.
@@ -457,32 +468,30 @@ class DecodeConsumer {
     ptx::mbarrier_arrive_if(shared_.token_empty(stage), condition && ptx::arrives(lane_, 0));
   }
 
-  // Sums and stores this worker's blocks of 8 tokens of the row blocks that it shares.
+  // Sums and stores this worker's blocks of 8 tokens of the row block that it shares.
   __device__ __forceinline__ void reduce() const {
     SegmentWalk walk(p_.plan, blockIdx.x);
     Segment segment;
-    while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
-      if (segment.begin == 0 && segment.end == p_.plan.units) continue;
-      const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
-      const ExchangeSlots slots = slots_of(segment.block);
-      const std::uint32_t mine =
-          (blockIdx.x - slots.first + slots.workers - group_ * Traits::kBlocks % slots.workers) %
-          slots.workers;
-      if (mine >= Traits::kBlocks) continue;
-      const std::uint32_t count = (Traits::kBlocks - mine + slots.workers - 1) / slots.workers;
-      float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
-      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
-        sum[0] += __uint_as_float(v.x);
-        sum[1] += __uint_as_float(v.y);
-        sum[2] += __uint_as_float(v.z);
-        sum[3] += __uint_as_float(v.w);
-        if (!last) return;
-        ptx::store_shared_16(sums() + 4096 * i, as_words(sum));
-        sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
-      });
-      __syncwarp();
-      emit(terms, segment.block, mine, slots.workers, count);
-    }
+    if (!walk.next(segment) || (segment.begin == 0 && segment.end == p_.plan.units)) return;
+    const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
+    const Exchange exchange = exchange_of(segment.block);
+    if (exchange.mine >= Traits::kBlocks) return;
+    const std::uint32_t count = (Traits::kBlocks - exchange.mine + exchange.workers - 1) / exchange.workers;
+    float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+    collect(
+        exchange, count, p_.plan.all_shared(),
+        [&](std::uint32_t i) { return ptx::load_shared_16(sums() + 4096 * i); },
+        [&](uint4 v, bool last, std::uint32_t i) {
+          sum[0] += __uint_as_float(v.x);
+          sum[1] += __uint_as_float(v.y);
+          sum[2] += __uint_as_float(v.z);
+          sum[3] += __uint_as_float(v.w);
+          if (!last) return;
+          ptx::store_shared_16(sums() + 4096 * i, as_words(sum));
+          sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
+        });
+    __syncwarp();
+    emit(terms, segment.block, exchange.mine, exchange.workers, count);
   }
 
   const DecodeParams& p_;

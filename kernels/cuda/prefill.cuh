@@ -215,10 +215,25 @@ class PrefillConsumer {
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
       } else {
-        const ExchangeSlots slots = slots_of(segment.block);
-        uint4* slot = slots.of(worker() - slots.first);
+        const Exchange exchange = exchange_of(segment.block);
+        uint4* slot = exchange.at(exchange.offset(exchange.me, 0));
+        std::uint32_t own = kPieces;
+        if (p_.plan.all_shared()) {  // stays here: no other tile wants the staging buffer
+          claim_staging();
+          own = exchange.mine;
+        }
+        std::uint32_t to = sums();
 #pragma unroll
-        for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
+        for (std::uint32_t i = 0; i < kPieces; ++i) {
+          const uint4 v = pack(acc + 8 * i);
+          if (i == own) {
+            ptx::store_shared_16(to, not_empty(v));
+            to += 4096;
+            own += exchange.workers;
+          } else {
+            publish(slot + 128 * i, v);
+          }
+        }
       }
       watch.end_wait(Waited::epilogue);
     }
@@ -449,64 +464,73 @@ class PrefillConsumer {
     }
   }
 
-  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
+  __device__ __forceinline__ Exchange exchange_of(std::uint32_t block) const {
     // A worker's place holds both CTAs' tiles, two warpgroups each.
     const std::uint32_t part = shared_.rank * 2 + group_;
-    return ExchangeSlots(p_.plan, block, p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
-                         2 * kPrefillCluster * 128 * kPieces);
+    return Exchange(p_.plan, block, worker(), group_ * kPieces,
+                    p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
+                    2 * kPrefillCluster * 128 * kPieces);
   }
-  // Sums and stores this worker's pieces of the blocks that it shares.
+  // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece, 4096 bytes
+  // apart.
+  __device__ __forceinline__ std::uint32_t sums() const {
+    return staging() + 16 * (32 * warp_ + lane_);
+  }
+  // Sums and stores this worker's pieces of the block that it shares.
   __device__ __forceinline__ void reduce() {
     SegmentWalk walk(p_.plan, worker());
     Segment segment;
-    staging_free_ = false;
-    while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
-      const BlockPlace place(p_, Traits::kTokens, segment.block);
-      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
-      if ((segment.begin == 0 && segment.end == p_.plan.units) || tile >= p_.row_tiles) continue;
+    if (!walk.next(segment) || segment.block >= p_.plan.split_blocks ||
+        (segment.begin == 0 && segment.end == p_.plan.units))
+      return;
+    const BlockPlace place(p_, Traits::kTokens, segment.block);
+    const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+    if (tile >= p_.row_tiles) return;
+    const bool keeps = p_.plan.all_shared();
+    if (!keeps) {
+      staging_free_ = false;
       claim_staging();
-      const std::uint32_t row = first_row(tile) + 16 * warp_;
-      const RowTerms terms(p_.output, row + lane_ / 4);
-      const ExchangeSlots slots = slots_of(segment.block);
-      const std::uint32_t mine =
-          (worker() - slots.first + slots.workers - group_ * kPieces % slots.workers) % slots.workers;
-      if (mine >= kPieces) continue;
-      const std::uint32_t count = (kPieces - mine + slots.workers - 1) / slots.workers;
-      // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
-      const std::uint32_t first_token = place.token_tile * Traits::kTokens;
-      constexpr std::uint32_t kKept =
-          Traits::kTokens / 64;  // two workers at least: half of the pieces at most
-      float scale[kKept];
+    }
+    const std::uint32_t row = first_row(tile) + 16 * warp_;
+    const RowTerms terms(p_.output, row + lane_ / 4);
+    const Exchange exchange = exchange_of(segment.block);
+    const std::uint32_t mine = exchange.mine;
+    if (mine >= kPieces) return;
+    const std::uint32_t count = (kPieces - mine + exchange.workers - 1) / exchange.workers;
+    // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
+    const std::uint32_t first_token = place.token_tile * Traits::kTokens;
+    constexpr std::uint32_t kKept = Traits::kTokens / 64;  // two workers at least: half of the pieces at most
+    float scale[kKept];
 #pragma unroll
-      for (std::uint32_t k = 0; k < kKept; ++k) {
-        const std::uint32_t i = 2 * k + lane_ / 16;
-        scale[k] = i < count ? token_scale(first_token + 16 * (mine + i * slots.workers) + lane_ % 16) : 0.0F;
-      }
-      // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece.
-      const std::uint32_t sums = staging() + 16 * (32 * warp_ + lane_);
-      float sum[8] = {};
-      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
-        add(v, sum);
-        if (!last) return;
-        ptx::store_shared_16(sums + 4096 * i, as_words(sum));
-        ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
+    for (std::uint32_t k = 0; k < kKept; ++k) {
+      const std::uint32_t i = 2 * k + lane_ / 16;
+      scale[k] =
+          i < count ? token_scale(first_token + 16 * (mine + i * exchange.workers) + lane_ % 16) : 0.0F;
+    }
+    const std::uint32_t sums = this->sums();
+    float sum[8] = {};
+    collect(
+        exchange, count, keeps, [&](std::uint32_t i) { return ptx::load_shared_16(sums + 4096 * i); },
+        [&](uint4 v, bool last, std::uint32_t i) {
+          add(v, sum);
+          if (!last) return;
+          ptx::store_shared_16(sums + 4096 * i, as_words(sum));
+          ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
 #pragma unroll
-        for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
-      });
-      __syncwarp();
+          for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
+        });
+    __syncwarp();
 #pragma unroll
-      for (std::uint32_t k = 0; k < kKept; ++k) {
+    for (std::uint32_t k = 0; k < kKept; ++k) {
 #pragma unroll 1
-        for (std::uint32_t i = 4 * k; i < min(4 * k + 4, 2 * count); ++i) {
-          const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
-          const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
-          const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
-          const uint4 w = ptx::load_shared_16(sums + 2048 * i);
-          float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
-                        __uint_as_float(w.w)};
-          const std::uint32_t token = first_token + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
-          finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
-        }
+      for (std::uint32_t i = 4 * k; i < min(4 * k + 4, 2 * count); ++i) {
+        const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
+        const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
+        const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
+        const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+        float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
+        const std::uint32_t token = first_token + 16 * (mine + i / 2 * exchange.workers) + 8 * (i % 2);
+        finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
       }
     }
   }

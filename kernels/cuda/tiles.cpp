@@ -6,13 +6,13 @@
 namespace fireq::kernels {
 
 std::size_t decode_workspace_bytes(std::uint32_t multiprocessors) {
-  // Two CTAs a multiprocessor, two partial row tiles each.
-  return std::size_t{multiprocessors} * 4 * kTileRows * 64 * sizeof(float);
+  // Two CTAs a multiprocessor, a partial row tile each.
+  return std::size_t{multiprocessors} * 2 * kTileRows * 64 * sizeof(float);
 }
 
 std::size_t prefill_workspace_bytes(std::uint32_t multiprocessors) {
-  // Two partial tiles a CTA.
-  return std::size_t{multiprocessors} * 2 * kTileRows * 256 * sizeof(std::uint16_t);
+  // A partial tile a CTA.
+  return std::size_t{multiprocessors} * kTileRows * 256 * sizeof(std::uint16_t);
 }
 
 void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
