@@ -34,11 +34,12 @@ GemmChoice choose_decode(const DeviceInfo& device, std::uint64_t tokens, std::ui
       return {{Route::decode, tile, 4}, "decode, a cluster of four a row tile, each with a quarter of K"};
     return {{Route::decode, tile, 2}, "decode, a cluster of two a row tile, each with half of K"};
   }
-  if (blocks > one_each && blocks <= room && tile <= 16)
+  // More than half a round of row tiles is left over: one worker each, some with help.
+  const bool uneven = blocks % one_each * 2 > one_each;
+  if (uneven && blocks > one_each && blocks <= room && tile <= 16)
     return {{Route::decode, tile, 1, 1, false}, "decode, a CTA a row tile"};
-  // A second CTA a multiprocessor costs overlap with the next kernel: it pays where one would leave row tiles
-  // to half of the multiprocessors, and on large layers.
-  if (blocks * 2 > one_each || rows * cols >= 100'000'000)
+  // A second CTA a multiprocessor costs overlap with the next kernel: it pays on large layers.
+  if (uneven || rows * cols >= (tile <= 16 ? 100'000'000 : 80'000'000))
     return {{Route::decode, tile, 1, 2}, "decode, two CTAs a multiprocessor"};
   return {{Route::decode, tile, 1}, "decode, room for the next kernel's CTAs"};
 }
