@@ -64,7 +64,8 @@ GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::u
     const std::uint64_t shares = rest == 0 ? 1 : std::min(groups, clusters / rest);
     const std::uint64_t full = blocks / clusters * groups;
     const double whole = static_cast<double>(full + (rest == 0 ? 0 : groups)) * cost.group;
-    const double even = static_cast<double>(full + (groups + shares - 1) / shares) * cost.group + cost.sum;
+    const std::uint64_t longest = full + (groups + shares - 1) / shares;
+    const double even = static_cast<double>(longest) * cost.group + cost.sum;
     const bool cut = shares > 1 && even < whole;
     const double time = cut ? even : whole;
     if (least != 0 && time >= least) continue;
