@@ -29,12 +29,11 @@ install(EXPORT fireq-targets NAMESPACE fireq:: DESTINATION ${package_folder} COM
 configure_package_config_file(cmake/fireq-config.cmake.in fireq-config.cmake INSTALL_DESTINATION ${package_folder})
 write_basic_package_version_file(fireq-config-version.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fireq-config.cmake ${CMAKE_CURRENT_BINARY_DIR}/fireq-config-version.cmake
-              cmake/FindSerialOpenBLAS.cmake DESTINATION ${package_folder} COMPONENT development)
+        DESTINATION ${package_folder} COMPONENT development)
 
 find_package(HDF5 REQUIRED COMPONENTS C)
-find_package(SerialOpenBLAS REQUIRED)
 # pkg-config. The libraries are static: what they use is named outright, not as private.
-set(pc_libs -lfireq_formats -lfireq_libquant -lfireq_common ${SerialOpenBLAS_LIBRARY} ${HDF5_C_LIBRARIES})
+set(pc_libs -lfireq_formats -lfireq_libquant -lfireq_common ${HDF5_C_LIBRARIES})
 set(pc_requires libxxhash)
 if(FIREQ_WITH_HIGHWAY)
   list(APPEND pc_requires libhwy)
@@ -65,9 +64,9 @@ set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_NAME fireq)
 set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_SHLIBDEPS ON)
-set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_DEPENDS "libopenblas0-serial")  # the one without threads of its own
+set(CPACK_DEBIAN_UNSPECIFIED_PACKAGE_DEPENDS "libopenblas0-pthread")  # loaded when needed, so not seen by shlibdeps
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_NAME libfireq-dev)
 set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_SECTION libdevel)
-set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS "libxxhash-dev, libhdf5-dev, libopenblas-serial-dev, libhwy-dev, libpcre2-dev, libutf8proc-dev, libsentencepiece-dev, pkgconf")
+set(CPACK_DEBIAN_DEVELOPMENT_PACKAGE_DEPENDS "libxxhash-dev, libhdf5-dev, libopenblas0-pthread, libhwy-dev, libpcre2-dev, libutf8proc-dev, libsentencepiece-dev, pkgconf")
 set(CPACK_STRIP_FILES ON)
 include(CPack)

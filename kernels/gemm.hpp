@@ -27,7 +27,7 @@ struct GemmOptions {
   // activations, residual and output wait.
   bool programmatic = false;
   std::optional<GemmConfig> config;  // instead of the heuristic's choice
-  // For benches: device memory, one entry a CTA (two a multiprocessor at most); runs the kernel's profiled
+  // For benches: device memory, one entry a CTA of the launch; runs the kernel's profiled
   // variant. Route::decode and Route::prefill only.
   CtaProfile* profile = nullptr;
 };

@@ -29,11 +29,14 @@ enum class Route : std::uint8_t {
 struct GemmConfig {
   Route route = Route::portable;
   std::uint32_t token_tile = 0;  // columns of the multiply: decode 8, 16, 32, 64; prefill 64, 128, 256
-  std::uint32_t cluster = 1;     // CTAs that share a token tile
+  // CTAs of a cluster. Prefill: two row tiles that share a token tile. Decode: the parts of K of one row
+  // tile.
+  std::uint32_t cluster = 1;
   std::uint32_t per_sm =
       1;  // decode: CTAs a multiprocessor; two hide latency, one leaves room for the next kernel
-  bool split_k = true;  // prefill: cut what does not fill a round of clusters along K
-  bool ahead = true;    // decode: load codes while those before are expanded
+  // Blocks that do not fill a round of workers are cut along K. false: prefill rounds that do not fill;
+  // decode CTAs with a block each, in a grid as large as it takes.
+  bool split_k = true;
   bool operator==(const GemmConfig&) const = default;
 };
 
@@ -53,6 +56,14 @@ GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint6
 // K groups a pipeline stage of the decode kernel holds.
 constexpr std::uint32_t decode_groups_per_unit(std::uint32_t token_tile) {
   return token_tile <= 16 ? 2 : 1;
+}
+// Most parts of K that a cluster's CTAs of the decode kernel can take: 1, 2, 4 ... up to this.
+constexpr std::uint32_t decode_most_shares(std::uint32_t token_tile) {
+  return token_tile >= 64 ? 8 : 4;
+}
+// Decode kernels whose clusters, or CTAs, have one block each.
+constexpr bool one_block_a_cluster(const GemmConfig& config) {
+  return config.cluster > 1 || !config.split_k;
 }
 SplitPlan decode_plan(std::uint64_t rows, std::uint64_t cols, const GemmConfig& config,
                       std::uint32_t multiprocessors);

@@ -97,6 +97,10 @@ class Bench {
                 : !listed)
           continue;
         if (config.route == Route::decode && config.token_tile > 8 && m <= config.token_tile / 2) continue;
+        // Grids that would not fit at once.
+        if (config.route == Route::decode && config.cluster > 1 &&
+            (s.n + 127) / 128 * config.cluster > 2 * device_.multiprocessors)
+          continue;
         if (config.route == Route::prefill &&
             (m < 64 || (m <= config.token_tile / 2 && config.token_tile > 128)))
           continue;
@@ -113,7 +117,8 @@ class Bench {
           gemm_w4a8(x, wi, {y.get(), s.n}, {}, o);
         };
         if (args_.check && config.route != Route::portable) verify(x, w, tiles.get(), y, s, config, options);
-        if (args_.profile && (config.route == Route::decode || config.route == Route::prefill))
+        if (args_.profile && (config.route == Route::decode || config.route == Route::prefill) &&
+            (config.split_k || (s.n + 127) / 128 <= kMostCtas))
           profile(name, s, m, options, launch);
         candidates.push_back({name, config == chosen, std::make_unique<Chain>(launches, launch), {}, 0});
       }

@@ -1,4 +1,5 @@
-// Decode GEMM for sm_90a, up to 64 tokens: y[M, N] = (a r) (x8 w8^T), weights streamed once from memory.
+// Decode GEMM for sm_90a, up to 64 tokens: y[M, N] = (a r) (x8 w8^T), weights streamed once from memory; for
+// a few hundred tokens, weights streamed once a tile of 64.
 //
 // The weights are the register operand of wgmma (64 rows a warpgroup) and the tokens the shared-memory one,
 // so that few tokens cost few columns, and codes are expanded to FP8 between a shared-memory load and the
@@ -10,8 +11,10 @@
 //               tensor copies
 // One or two CTAs a multiprocessor; a CTA takes at most half of a multiprocessor's shared memory and
 // registers, so that with one the next kernel's CTAs are resident, and their rings full, when this one ends.
-// SplitPlan divides the row blocks; partial sums of blocks that several workers share go through the
-// workspace (partials.cuh).
+//
+// SplitPlan divides the row blocks. Partial sums of blocks that several workers
+// share go through the workspace (partials.cuh), or, where each block is a cluster's (kClusters), from the
+// shared memory of one CTA to another's: each CTA sums and stores its share of the 16 x 8 blocks.
 //
 // Code that runs once a launch (epilogue, reduction) is kept in small loops over values in shared memory: its
 // instructions come from the L2 each time, and unrolled they took longer than their work.
@@ -30,6 +33,7 @@
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
+#include "kernels/gemm_config.hpp"
 #include "kernels/split_plan.hpp"
 
 namespace fireq::kernels {
@@ -52,11 +56,13 @@ struct DecodeParams {
 };
 
 template <std::uint32_t kTokens_, std::uint32_t kGroups_, std::uint32_t kWeightStages_,
-          std::uint32_t kTokenStages_, bool kAhead_>
+          std::uint32_t kTokenStages_, bool kAhead_, bool kClusters_>
 struct DecodeTraits {
-  static constexpr bool kAhead = kAhead_;             // load codes while those before are expanded
-  static constexpr std::uint32_t kTokens = kTokens_;  // columns of the multiply
-  static constexpr std::uint32_t kGroups = kGroups_;  // K groups a pipeline stage
+  static constexpr bool kAhead = kAhead_;        // load codes while those before are expanded
+  static constexpr bool kClusters = kClusters_;  // a cluster a block
+  static constexpr std::uint32_t kMostShares = decode_most_shares(kTokens_);  // CTAs of a cluster
+  static constexpr std::uint32_t kTokens = kTokens_;                          // columns of the multiply
+  static constexpr std::uint32_t kGroups = kGroups_;                          // K groups a pipeline stage
   static constexpr std::uint32_t kWeightStages = kWeightStages_;
   static constexpr std::uint32_t kTokenStages = kTokenStages_;
   static constexpr std::uint32_t kAccumulators = kTokens / 2;
@@ -73,16 +79,20 @@ struct DecodeTraits {
   static constexpr std::uint32_t kTokenOffset =
       kTableOffset + kTableBytes;  // 1024-byte aligned for the swizzle
   static constexpr std::uint32_t kSumOffset = kTokenOffset + kTokenStages * kTokenStageBytes;
-  static constexpr std::uint32_t kWeightOffset = kSumOffset + 256 * 16 * kBlocks;
+  // Finished blocks; with clusters, what the other CTAs send.
+  static constexpr std::uint32_t kSumBytes =
+      2048 * (kClusters && 2 * kBlocks < kMostShares ? kMostShares : 2 * kBlocks);
+  static constexpr std::uint32_t kWeightOffset = kSumOffset + kSumBytes;
   static constexpr std::uint32_t kScaleOffset = kWeightOffset + kWeightStages * kWeightStageBytes;
   static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 64 * 4;
-  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages) + 8;
+  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages) + 24;
   static_assert(kSharedBytes <= kDecodeSharedLimit);
 };
 
 template <class Traits>
 struct DecodeShared {
   std::uint32_t base;
+  std::uint32_t rank;  // in the cluster
   __device__ __forceinline__ std::uint32_t tokens(std::uint32_t stage) const {
     return base + Traits::kTokenOffset + stage * Traits::kTokenStageBytes;
   }
@@ -104,6 +114,8 @@ struct DecodeShared {
   __device__ __forceinline__ std::uint32_t scales_full() const {
     return base + Traits::kBarrierOffset + 16 * (Traits::kWeightStages + Traits::kTokenStages);
   }
+  __device__ __forceinline__ std::uint32_t received() const { return scales_full() + 8; }
+  __device__ __forceinline__ std::uint32_t all_ready() const { return scales_full() + 16; }
 };
 
 // Weights: `first` fills the ring once, before the CTA's barrier and the kernel before's end; `rest` goes on.
@@ -213,29 +225,47 @@ class DecodeConsumer {
       const std::uint32_t from = half_of(0);
       const std::uint32_t sigma = next_.load_first(from, warp_, lane_);
       next_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
-      if (Traits::kGroups == 1) release_weights(0);
     }
     SegmentWalk walk(p_.plan, blockIdx.x);
     Segment segment;
     while (walk.next(segment)) {
-      const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
+      RowTerms terms;
+      if constexpr (!Traits::kClusters) terms = RowTerms(p_.output, first_row(segment.block) + lane_ / 4);
       float acc[Traits::kAccumulators];
       multiply(segment, acc, watch);
       watch.stamp(Stamp::multiplied);
       if (segment.begin == 0 && segment.end == p_.plan.units) {
+        if constexpr (Traits::kClusters) terms = RowTerms(p_.output, first_row(segment.block) + lane_ / 4);
 #pragma unroll
         for (std::uint32_t j = 0; j < Traits::kBlocks; ++j)
           ptx::store_shared_16(sums() + 4096 * j, as_words(acc + 4 * j));
         emit(terms, segment.block, 0, 1, Traits::kBlocks);
+      } else if constexpr (Traits::kClusters) {
+        send(acc);
+        watch.stamp(Stamp::stored);
+        receive(segment.block);
       } else {
-        const ExchangeSlots slots = slots_of(segment.block);
-        uint4* slot = slots.of(blockIdx.x - slots.first);
+        const Exchange exchange = exchange_of(segment.block);
+        uint4* slot = exchange.at(exchange.offset(exchange.me, 0));
+        std::uint32_t own = p_.plan.all_shared() ? exchange.mine : Traits::kBlocks;
+        std::uint32_t to = sums();
 #pragma unroll
-        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) publish(slot + 128 * j, as_words(acc + 4 * j));
+        for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) {
+          if (j == own) {  // stays here: sums() is not wanted for anything else
+            ptx::store_shared_16(to, not_empty(as_words(acc + 4 * j)));
+            to += 4096;
+            own += exchange.workers;
+          } else {
+            publish(slot + 128 * j, as_words(acc + 4 * j));
+          }
+        }
       }
+      if constexpr (Traits::kClusters) break;  // there is no other
     }
-    watch.stamp(Stamp::stored);
-    reduce();
+    if constexpr (!Traits::kClusters) {
+      watch.stamp(Stamp::stored);
+      reduce();
+    }
     watch.stamp(Stamp::reduced);
   }
 
@@ -247,10 +277,60 @@ class DecodeConsumer {
   __device__ __forceinline__ std::uint32_t sums() const {
     return shared_.base + Traits::kSumOffset + 16 * (128 * group_ + 32 * warp_ + lane_);
   }
-  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
-    return ExchangeSlots(p_.plan, block, p_.workspace + group_ * (128 * Traits::kBlocks) + 32 * warp_ + lane_,
-                         2 * 128 * Traits::kBlocks);
+  __device__ __forceinline__ Exchange exchange_of(std::uint32_t block) const {
+    const std::uint32_t offset = group_ * Traits::kBlocks;
+    return Exchange(p_.plan, block, blockIdx.x, offset, p_.workspace + 128 * offset + 32 * warp_ + lane_,
+                    2 * 128 * Traits::kBlocks);
   }
+  // Where the CTA that stores a 16 x 8 block keeps a share's part of it: block `index` of both warpgroups'
+  // belongs to CTA index mod shares of the cluster.
+  __device__ __forceinline__ std::uint32_t part(std::uint32_t index, std::uint32_t share) const {
+    return shared_.base + Traits::kSumOffset + 2048 * ((index & ~(p_.plan.shares - 1)) + share) +
+           16 * (32 * warp_ + lane_);
+  }
+  __device__ __forceinline__ void send(const float (&acc)[Traits::kAccumulators]) const {
+    const std::uint32_t shares = p_.plan.shares;
+    if constexpr (Traits::kSumsInShared) {  // all warps of the cluster may still have sums where the parts go
+      ptx::fence_async_proxy();             // this warp's have come back
+      __syncwarp();
+      ptx::mbarrier_arrive_cluster_if(shared_.all_ready(), lane_, lane_ < shares);
+      ptx::mbarrier_wait(shared_.all_ready(), 0);
+    }
+#pragma unroll
+    for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) {
+      const std::uint32_t index = group_ * Traits::kBlocks + j;
+      const std::uint32_t owner = index & (shares - 1);
+      const std::uint32_t to = part(index, shared_.rank);
+      if (owner == shared_.rank)
+        ptx::store_shared_16(to, as_words(acc + 4 * j));
+      else
+        ptx::store_async_16(ptx::in_cluster(to, owner), as_words(acc + 4 * j),
+                            ptx::in_cluster(shared_.received(), owner));
+    }
+  }
+  __device__ __forceinline__ void receive(std::uint32_t block) const {
+    const std::uint32_t shares = p_.plan.shares;
+    const std::uint32_t row = first_row(block);
+    const RowTerms terms(p_.output, row + lane_ / 4);
+    const float* scales = scales_ + 2 * (lane_ % 4);
+    ptx::mbarrier_wait(shared_.scales_full(), 0);
+    ptx::mbarrier_wait(shared_.received(), 0);
+#pragma unroll 1
+    for (std::uint32_t j = (shared_.rank - group_ * Traits::kBlocks) & (shares - 1); j < Traits::kBlocks;
+         j += shares) {
+      float v[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+#pragma unroll 1
+      for (std::uint32_t share = 0; share < shares; ++share) {
+        const uint4 w = ptx::load_shared_16(part(group_ * Traits::kBlocks + j, share));
+        v[0] += __uint_as_float(w.x);
+        v[1] += __uint_as_float(w.y);
+        v[2] += __uint_as_float(w.z);
+        v[3] += __uint_as_float(w.w);
+      }
+      finish_and_store(p_.output, terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v);
+    }
+  }
+
   // Stores `count` blocks of 8 tokens, first_block and every step-th from there on, from sums().
   __device__ __forceinline__ void emit(const RowTerms& terms, std::uint32_t block, std::uint32_t first_block,
                                        std::uint32_t step, std::uint32_t count) const {
@@ -277,7 +357,7 @@ class DecodeConsumer {
   }
   __device__ __forceinline__ void release_weights(std::uint32_t stage) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(shared_.weight_empty(stage), lane_ == 0);
+    ptx::mbarrier_arrive_if(shared_.weight_empty(stage), ptx::arrives(lane_, 0));
   }
 
   // acc = sum over the segment's K of w8 x8^T.
@@ -304,7 +384,6 @@ class DecodeConsumer {
 #pragma unroll
           for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg)
             fragment[kg].load(half + kg * kTileBytes, table, warp_, lane_);
-          release_weights(weights_.index);
           weights_.advance();
         } else {  // the next stage, whose first codes this unit's last steps load
           weights_.advance();
@@ -321,6 +400,8 @@ class DecodeConsumer {
             if (kg == 0 && s == 3) release_tokens(tokens_.previous(), unit != start);
             codes.expand(s, a[s]);
             pin(a[s]);
+            // Not before the last codes were used: an arrival may overtake loads that have not come back.
+            if (kg + 1 == Traits::kGroups && s == 2) release_weights(weights_.previous());
             if constexpr (Traits::kAhead) {
               // No wait here: a branch between multiplies would serialise them (ptxas C7513).
               const std::uint32_t from = kg + 1 == Traits::kGroups
@@ -329,8 +410,6 @@ class DecodeConsumer {
               if (s == 1) sigma = next_.load_first(from, warp_, lane_);
               if (s == 3) {
                 next_.load_second(from, table, sigma, warp_, lane_);
-                if (Traits::kGroups == 1) release_weights(weights_.index);
-                if (Traits::kGroups > 1 && kg + 2 == Traits::kGroups) release_weights(weights_.previous());
               }
             }
             if constexpr (kVariant == Variant::dump)
@@ -386,35 +465,33 @@ class DecodeConsumer {
   }
 
   __device__ __forceinline__ void release_tokens(std::uint32_t stage, bool condition) const {
-    ptx::mbarrier_arrive_if(shared_.token_empty(stage), condition && lane_ == 0);
+    ptx::mbarrier_arrive_if(shared_.token_empty(stage), condition && ptx::arrives(lane_, 0));
   }
 
-  // Sums and stores this worker's blocks of 8 tokens of the row blocks that it shares.
+  // Sums and stores this worker's blocks of 8 tokens of the row block that it shares.
   __device__ __forceinline__ void reduce() const {
     SegmentWalk walk(p_.plan, blockIdx.x);
     Segment segment;
-    while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
-      if (segment.begin == 0 && segment.end == p_.plan.units) continue;
-      const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
-      const ExchangeSlots slots = slots_of(segment.block);
-      const std::uint32_t mine =
-          (blockIdx.x - slots.first + slots.workers - group_ * Traits::kBlocks % slots.workers) %
-          slots.workers;
-      if (mine >= Traits::kBlocks) continue;
-      const std::uint32_t count = (Traits::kBlocks - mine + slots.workers - 1) / slots.workers;
-      float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
-      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
-        sum[0] += __uint_as_float(v.x);
-        sum[1] += __uint_as_float(v.y);
-        sum[2] += __uint_as_float(v.z);
-        sum[3] += __uint_as_float(v.w);
-        if (!last) return;
-        ptx::store_shared_16(sums() + 4096 * i, as_words(sum));
-        sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
-      });
-      __syncwarp();
-      emit(terms, segment.block, mine, slots.workers, count);
-    }
+    if (!walk.next(segment) || (segment.begin == 0 && segment.end == p_.plan.units)) return;
+    const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
+    const Exchange exchange = exchange_of(segment.block);
+    if (exchange.mine >= Traits::kBlocks) return;
+    const std::uint32_t count = (Traits::kBlocks - exchange.mine + exchange.workers - 1) / exchange.workers;
+    float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+    collect(
+        exchange, count, p_.plan.all_shared(),
+        [&](std::uint32_t i) { return ptx::load_shared_16(sums() + 4096 * i); },
+        [&](uint4 v, bool last, std::uint32_t i) {
+          sum[0] += __uint_as_float(v.x);
+          sum[1] += __uint_as_float(v.y);
+          sum[2] += __uint_as_float(v.z);
+          sum[3] += __uint_as_float(v.w);
+          if (!last) return;
+          ptx::store_shared_16(sums() + 4096 * i, as_words(sum));
+          sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
+        });
+    __syncwarp();
+    emit(terms, segment.block, exchange.mine, exchange.workers, count);
   }
 
   const DecodeParams& p_;
@@ -433,7 +510,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   // Shuffles make values that the compiler takes for uniform and does not compute again in the loop.
   const std::uint32_t warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
   const std::uint32_t lane = ptx::lane_index();
-  const DecodeShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0)};
+  const DecodeShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
+                                    Traits::kClusters ? ptx::cluster_rank() : 0};
   float* scales = reinterpret_cast<float*>(shared_bytes + Traits::kScaleOffset);
   Stopwatch<kVariant == Variant::profile> watch;
   watch.stamp(Stamp::started);
@@ -445,13 +523,20 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     if (ptx::elect_one()) {
       for (std::uint32_t i = 0; i < Traits::kWeightStages; ++i) {
         ptx::mbarrier_init(shared.weight_full(i), 1);
-        ptx::mbarrier_init(shared.weight_empty(i), 8);
+        ptx::mbarrier_init(shared.weight_empty(i), 8 * ptx::kWarpArrivals);
       }
       for (std::uint32_t i = 0; i < Traits::kTokenStages; ++i) {
         ptx::mbarrier_init(shared.token_full(i), 1);
-        ptx::mbarrier_init(shared.token_empty(i), 8);
+        ptx::mbarrier_init(shared.token_empty(i), 8 * ptx::kWarpArrivals);
       }
       ptx::mbarrier_init(shared.scales_full(), 32);
+      if constexpr (Traits::kClusters) {
+        ptx::mbarrier_init(shared.received(), 1);
+        ptx::mbarrier_init(shared.all_ready(), 8 * p.plan.shares);
+        // Parts of 2048 bytes from each other CTA, of this one's share of the blocks.
+        const std::uint32_t blocks = (2 * Traits::kBlocks + p.plan.shares - 1 - shared.rank) / p.plan.shares;
+        ptx::mbarrier_expect(shared.received(), 2048 * blocks * (p.plan.shares - 1));
+      }
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
@@ -463,6 +548,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
   }
   __syncthreads();
+  if constexpr (Traits::kClusters) ptx::cluster_sync();  // the others' barriers
   watch.stamp(Stamp::ready);
 
   if (warp < 8) {

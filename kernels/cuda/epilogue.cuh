@@ -27,6 +27,7 @@ struct RowTerms {
   float scale[2];
   float bias[2];
 
+  RowTerms() = default;
   __device__ __forceinline__ RowTerms(const OutputParams& p, std::uint32_t row) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

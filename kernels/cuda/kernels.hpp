@@ -22,6 +22,13 @@ inline bool stored_in_pairs(const GemmProblem& problem) {
 }
 
 void launch_portable(const GemmProblem& problem, const GemmOptions& options);
+// One token tile's launcher, instantiated in a translation unit each.
+template <std::uint32_t kTokens>
+void launch_decode_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                        const GemmOptions& options);
+template <std::uint32_t kTokens>
+void launch_prefill_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                         const GemmOptions& options);
 void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                    const GemmOptions& options);
 std::size_t decode_workspace_bytes(std::uint32_t multiprocessors);

@@ -17,12 +17,16 @@ __device__ __forceinline__ uint4 as_words(const float* v) {
                     __float_as_uint(v[3]));
 }
 
-__device__ __forceinline__ void publish(uint4* slot, uint4 v) {
-  // Codes of NaN operands could still carry all ones through; any other NaN will do.
+// Codes of NaN operands could still carry all ones through; any other NaN will do.
+__device__ __forceinline__ uint4 not_empty(uint4 v) {
   if (v.x == kEmpty) v.x = 0x7fffffffU;
   if (v.y == kEmpty) v.y = 0x7fffffffU;
   if (v.z == kEmpty) v.z = 0x7fffffffU;
   if (v.w == kEmpty) v.w = 0x7fffffffU;
+  return v;
+}
+__device__ __forceinline__ void publish(uint4* slot, uint4 v) {
+  v = not_empty(v);
   asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(slot), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
@@ -39,67 +43,78 @@ __device__ __forceinline__ bool is_full(uint4 v) {
   return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty;
 }
 
-// Where the workers that share a block put their sums: one slot each, in the first of a worker's two places
-// where its share begins inside the block, in the second where it began before.
-struct ExchangeSlots {
-  std::uint32_t first = 0, workers = 0;
+// The exchange of one shared block between its workers. A block's sums are `pieces` pieces of 128 words (a
+// thread's part is one word of each); piece i is summed and stored by the worker that has i mod workers left
+// over.
+struct Exchange {
+  std::uint32_t workers, me;  // how many share the block, and which of them this is
+  std::uint32_t mine;  // this worker's first piece, of a group of threads whose pieces begin at `offset`
 
-  // thread_base: this thread's word in the first place of worker 0; `place`: words of one place.
-  __device__ __forceinline__ ExchangeSlots(const SplitPlan& plan, std::uint32_t block, uint4* thread_base,
-                                           std::uint32_t place)
-      : first(plan.first_worker(block)), workers(plan.last_worker(block) - first + 1), step_(2 * place) {
-    const bool began_before = plan.share_begin(first) < block * plan.units;
-    base_ = thread_base + static_cast<std::uint64_t>(first) * step_;
-    first_ = base_ + (began_before ? place : 0);
+  // thread_base: this thread's word in worker 0's place; `place`: words of one worker's place.
+  __device__ __forceinline__ Exchange(const SplitPlan& plan, std::uint32_t block, std::uint32_t worker,
+                                      std::uint32_t offset, uint4* thread_base, std::uint32_t place)
+      : workers(plan.workers_of(block)), me(worker - plan.first_worker(block)), place_(place) {
+    mine = (me + workers - offset % workers) % workers;
+    base_ = thread_base + static_cast<std::uint64_t>(plan.first_worker(block)) * place;
   }
-  __device__ __forceinline__ uint4* of(std::uint32_t c) const {  // of worker first + c
-    return c == 0 ? first_ : base_ + static_cast<std::uint64_t>(c) * step_;
+  // Word offsets of a worker's place, and of a piece in it: less to keep than pointers.
+  __device__ __forceinline__ std::uint32_t offset(std::uint32_t worker, std::uint32_t piece) const {
+    return worker * place_ + 128 * piece;
   }
+  __device__ __forceinline__ uint4* at(std::uint32_t offset) const { return base_ + offset; }
 
  private:
   uint4* base_;
-  uint4* first_;
-  std::uint32_t step_;
+  std::uint32_t place_;
 };
 
-// Takes every worker's part of the pieces first_piece + i * workers, i < count (a piece is 128 words), and
-// empties it: take(v, last, i) in the order of workers, `last` with the last worker's. Eight loads are in
-// flight at once, of several pieces where few workers share a block.
-template <class Take>
-__device__ __forceinline__ void collect(const ExchangeSlots& slots, std::uint32_t first_piece,
-                                        std::uint32_t count, Take take) {
+// Takes every worker's part of this worker's pieces, mine + i * workers with i < count, and empties it:
+// take(v, last, i) in the order of workers, `last` with the last worker's. kept(i): this worker's own part
+// where `keeps`, else that is in the workspace too. Eight loads are in flight at once, of several pieces
+// where few workers share a block.
+template <class Kept, class Take>
+__device__ __forceinline__ void collect(const Exchange& exchange, std::uint32_t count, bool keeps, Kept kept,
+                                        Take take) {
   constexpr std::uint32_t kFlight = 8;
   std::uint32_t c = 0, i = 0;  // next to load: worker, piece
   std::uint32_t taken_c = 0, taken_i = 0;
 #pragma unroll 1
-  for (std::uint32_t left = slots.workers * count; left != 0;) {
+  for (std::uint32_t left = exchange.workers * count; left != 0;) {
     const std::uint32_t now = min(left, kFlight);
-    uint4* slot[kFlight];
+    constexpr std::uint32_t kNone = 0xffffffffU;
+    std::uint32_t slot[kFlight];
+    uint4 v[kFlight];
 #pragma unroll
     for (std::uint32_t f = 0; f < kFlight; ++f) {
-      slot[f] = slots.of(c) + 128 * (first_piece + i * slots.workers);
-      const bool wraps = c + 1 == slots.workers;
+      slot[f] = kNone;
+      v[f] = make_uint4(0, 0, 0, 0);
       if (f < now) {
+        if (keeps && c == exchange.me) {
+          v[f] = kept(i);
+        } else {
+          slot[f] = exchange.offset(c, exchange.mine + i * exchange.workers);
+          v[f].x = kEmpty;
+        }
+        const bool wraps = c + 1 == exchange.workers;
         c = wraps ? 0 : c + 1;
         i += static_cast<std::uint32_t>(wraps);
       }
     }
-    uint4 v[kFlight];
     bool full = false;
     while (!full) {
       full = true;
 #pragma unroll
-      for (std::uint32_t f = 0; f < kFlight; ++f)
-        if (f < now) v[f] = peek(slot[f]);
+      for (std::uint32_t f = 0; f < kFlight;
+           ++f)  // only what has not come yet: polling takes bandwidth from it
+        if (!is_full(v[f])) v[f] = peek(exchange.at(slot[f]));
 #pragma unroll
-      for (std::uint32_t f = 0; f < kFlight; ++f)
-        if (f < now) full = full && is_full(v[f]);
+      for (std::uint32_t f = 0; f < kFlight; ++f) full = full && is_full(v[f]);
     }
 #pragma unroll
     for (std::uint32_t f = 0; f < kFlight; ++f) {
       if (f >= now) continue;
-      *slot[f] = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-      const bool last = taken_c + 1 == slots.workers;
+      if (slot[f] != kNone) *exchange.at(slot[f]) = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+      const bool last = taken_c + 1 == exchange.workers;
       take(v[f], last, taken_i);
       taken_c = last ? 0 : taken_c + 1;
       taken_i += static_cast<std::uint32_t>(last);

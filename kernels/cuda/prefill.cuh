@@ -24,6 +24,7 @@
 
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/partials.cuh"
+#include "kernels/cuda/prefill_producer.cuh"
 #include "kernels/cuda/profile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
@@ -31,152 +32,6 @@
 #include "kernels/split_plan.hpp"
 
 namespace fireq::kernels {
-
-inline constexpr std::uint32_t kPrefillThreads = 384;
-inline constexpr std::uint32_t kPrefillCluster = 2;
-inline constexpr std::uint32_t kPromoteGroups = 32;
-inline constexpr std::uint32_t kRasterTokens = 2048;
-inline constexpr std::uint32_t kPrefillSharedLimit = 232448;
-
-struct PrefillParams {
-  const std::uint8_t* tiles;
-  const float* token_scale;
-  OutputParams output;
-  LevelsParam levels;
-  SplitPlan plan;  // blocks: pairs of row tiles x token tiles; units: K groups
-  uint4* workspace;
-  std::uint8_t* dump;         // expanded operands [N, Kp], debug kernels only
-  CtaProfile* profile;        // [CTAs], profiled kernels only
-  std::uint32_t groups;       // Kp / 128
-  std::uint32_t row_tiles;    // ceil(N / 128)
-  std::uint32_t token_tiles;  // ceil(M / kTokens)
-  std::uint32_t chunk;        // groups between promotions
-  float partial_scale;        // a power of two that brings any partial sum into FP16's range
-  float partial_unscale;      // its inverse
-  bool tensor_output;         // output rows are 16-byte aligned: stored by the copy engine
-  bool vector_residual;       // residual rows are 16-byte aligned
-};
-
-template <std::uint32_t kTokens_, std::uint32_t kStages_>
-struct PrefillTraits {
-  static constexpr std::uint32_t kTokens = kTokens_;
-  static constexpr std::uint32_t kStages = kStages_;
-  static constexpr std::uint32_t kAccumulators = kTokens / 2;
-  static constexpr std::uint32_t kTokenBytes = kTokens * kGroup;
-  static constexpr std::uint32_t kStagingBytes = kTokens * kHalfRows * 2;  // of one warpgroup
-
-  static constexpr std::uint32_t kTableOffset = 0;  // 1024-byte aligned
-  static constexpr std::uint32_t kTokenOffset = kTableOffset + kTableBytes;
-  static constexpr std::uint32_t kStagingOffset = kTokenOffset + kStages * kTokenBytes;
-  static constexpr std::uint32_t kWeightOffset = kStagingOffset + 2 * kStagingBytes;
-  static constexpr std::uint32_t kBarrierOffset = kWeightOffset + kStages * kTileBytes;
-  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages;
-  static_assert(kSharedBytes <= kPrefillSharedLimit);
-};
-
-template <class Traits>
-struct PrefillShared {
-  std::uint32_t base;
-  std::uint32_t rank;
-  __device__ __forceinline__ std::uint32_t tokens(std::uint32_t stage) const {
-    return base + Traits::kTokenOffset + stage * Traits::kTokenBytes;
-  }
-  __device__ __forceinline__ std::uint32_t weights(std::uint32_t stage) const {
-    return base + Traits::kWeightOffset + stage * kTileBytes;
-  }
-  __device__ __forceinline__ std::uint32_t full(std::uint32_t stage) const {
-    return base + Traits::kBarrierOffset + 8 * stage;
-  }
-  __device__ __forceinline__ std::uint32_t empty(std::uint32_t stage) const {
-    return full(stage) + 8 * Traits::kStages;
-  }
-  // Weights are this CTA's alone and free as soon as they are in registers.
-  __device__ __forceinline__ std::uint32_t weight_empty(std::uint32_t stage) const {
-    return full(stage) + 16 * Traits::kStages;
-  }
-};
-
-// Where block `block` of the plan lies, in raster order.
-struct BlockPlace {
-  std::uint32_t row_pair, token_tile;
-  __device__ __forceinline__ BlockPlace(const PrefillParams& p, std::uint32_t tokens, std::uint32_t block) {
-    const std::uint32_t pairs = (p.row_tiles + kPrefillCluster - 1) / kPrefillCluster;
-    const std::uint32_t wide = kRasterTokens / tokens;
-    const std::uint32_t group = block / (pairs * wide);
-    const std::uint32_t within = block - group * pairs * wide;
-    const std::uint32_t width = min(wide, p.token_tiles - group * wide);
-    row_pair = within / width;
-    token_tile = group * wide + within - row_pair * width;
-  }
-};
-
-// The producer: weights of the first round before it joins the others at the start and waits for the kernel
-// before, whose time they use.
-template <class Traits>
-class PrefillProducer {
- public:
-  __device__ __forceinline__ PrefillProducer(const PrefillParams& p, const CUtensorMap* token_map,
-                                             const PrefillShared<Traits>& shared, std::uint32_t worker)
-      : p_(p), token_map_(token_map), shared_(shared), worker_(worker) {}
-
-  __device__ __forceinline__ void fetch_first_weights() const {
-    SegmentWalk walk(p_.plan, worker_);
-    Segment segment;
-    std::uint32_t stage = 0;
-    while (stage < Traits::kStages && walk.next(segment)) {
-      const std::uint8_t* source = tile_of(BlockPlace(p_, Traits::kTokens, segment.block));
-      for (std::uint32_t g = segment.begin; g < segment.end && stage < Traits::kStages; ++g, ++stage) {
-        if (ptx::elect_one()) fetch_weights(source, g, stage);
-        __syncwarp();
-      }
-    }
-  }
-  __device__ __forceinline__ void run() const {
-    ptx::wait_for_previous_kernel();
-    SegmentWalk walk(p_.plan, worker_);
-    Segment segment;
-    RingPosition<Traits::kStages> ring;
-    std::uint32_t ahead = 0;
-    constexpr std::uint32_t kShare = Traits::kTokens / kPrefillCluster;
-    while (walk.next(segment)) {
-      const BlockPlace place(p_, Traits::kTokens, segment.block);
-      const std::uint8_t* source = tile_of(place);
-      const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank * kShare;
-      for (std::uint32_t g = segment.begin; g < segment.end; ++g) {
-        if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
-        ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
-        if (ptx::elect_one()) {
-          if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
-          ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank * kShare * kGroup, token_map_,
-                                     g * kGroup, first_token, shared_.full(ring.index),
-                                     (1U << kPrefillCluster) - 1U);
-        }
-        __syncwarp();
-        ring.advance();
-        ++ahead;
-      }
-    }
-  }
-
- private:
-  // With an odd number of row tiles the last pair's second CTA computes the last tile again and stores
-  // nothing.
-  __device__ __forceinline__ const std::uint8_t* tile_of(const BlockPlace& place) const {
-    const std::uint32_t tile = min(place.row_pair * kPrefillCluster + shared_.rank, p_.row_tiles - 1);
-    return p_.tiles + static_cast<std::uint64_t>(tile) * p_.groups * kTileBytes;
-  }
-  __device__ __forceinline__ void fetch_weights(const std::uint8_t* source, std::uint32_t g,
-                                                std::uint32_t stage) const {
-    ptx::mbarrier_expect(shared_.full(stage), kTileBytes + Traits::kTokenBytes);
-    ptx::bulk_load(shared_.weights(stage), source + static_cast<std::uint64_t>(g) * kTileBytes, kTileBytes,
-                   shared_.full(stage));
-  }
-
-  const PrefillParams& p_;
-  const CUtensorMap* token_map_;
-  const PrefillShared<Traits>& shared_;
-  std::uint32_t worker_;
-};
 
 template <class Traits, Variant kVariant>
 class PrefillConsumer {
@@ -201,8 +56,10 @@ class PrefillConsumer {
 #pragma unroll
       for (std::uint32_t i = 0; i < kScales; ++i) scale[i] = token_scale(first_token + 32 * i + lane_);
       staging_free_ = false;
-      for (std::uint32_t g = segment.begin; g < segment.end; g += p_.chunk) {
-        const std::uint32_t stop = min(g + p_.chunk, segment.end);
+      std::uint32_t stop = segment.begin;
+      for (std::uint32_t next = segment.begin + p_.chunk; stop != segment.end; next += p_.chunk) {
+        const std::uint32_t g = stop;
+        stop = next < segment.end ? next - group_ * kPromoteShift : segment.end;
         multiply(g, __shfl_sync(0xffffffffU, stop - g, 0), row, place.token_tile, acc, watch);
         watch.begin_wait();
         if (g != segment.begin) add_partial(acc);
@@ -215,10 +72,25 @@ class PrefillConsumer {
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
       } else {
-        const ExchangeSlots slots = slots_of(segment.block);
-        uint4* slot = slots.of(worker() - slots.first);
+        const Exchange exchange = exchange_of(segment.block);
+        uint4* slot = exchange.at(exchange.offset(exchange.me, 0));
+        std::uint32_t own = kPieces;
+        if (p_.plan.all_shared()) {  // stays here: no other tile wants the staging buffer
+          claim_staging();
+          own = exchange.mine;
+        }
+        std::uint32_t to = sums();
 #pragma unroll
-        for (std::uint32_t i = 0; i < kPieces; ++i) publish(slot + 128 * i, pack(acc + 8 * i));
+        for (std::uint32_t i = 0; i < kPieces; ++i) {
+          const uint4 v = pack(acc + 8 * i);
+          if (i == own) {
+            ptx::store_shared_16(to, not_empty(v));
+            to += 4096;
+            own += exchange.workers;
+          } else {
+            publish(slot + 128 * i, v);
+          }
+        }
       }
       watch.end_wait(Waited::epilogue);
     }
@@ -274,8 +146,6 @@ class PrefillConsumer {
       watch.stamp_once(Stamp::first_tokens);
       WeightFragment fragment;
       fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
-      __syncwarp();
-      ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), lane_ == 0);
       const std::uint64_t descriptor =
           wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
 #pragma unroll
@@ -284,6 +154,11 @@ class PrefillConsumer {
         if (s == 3) release(ring_.previous(), i != 0);
         fragment.expand(s, a[s]);
         pin(a[s]);
+        if (s ==
+            2) {  // not before the codes were used: an arrival may overtake loads that have not come back
+          __syncwarp();
+          ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), ptx::arrives(lane_, 0));
+        }
         if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
             dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start + i, s, lane_, a[s]);
@@ -301,8 +176,9 @@ class PrefillConsumer {
   // One arrival a warp at both CTAs, whose producers write this stage.
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && lane_ == 0);
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U, condition && lane_ == 1);
+    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && ptx::arrives(lane_, 0));
+    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U,
+                                    condition && ptx::arrives(lane_, 1));
   }
 
   // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
@@ -445,64 +321,75 @@ class PrefillConsumer {
     }
   }
 
-  __device__ __forceinline__ ExchangeSlots slots_of(std::uint32_t block) const {
+  __device__ __forceinline__ Exchange exchange_of(std::uint32_t block) const {
     // A worker's place holds both CTAs' tiles, two warpgroups each.
     const std::uint32_t part = shared_.rank * 2 + group_;
-    return ExchangeSlots(p_.plan, block, p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
-                         2 * kPrefillCluster * 128 * kPieces);
+    return Exchange(p_.plan, block, worker(), group_ * kPieces,
+                    p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
+                    2 * kPrefillCluster * 128 * kPieces);
   }
-  // Sums and stores this worker's pieces of the blocks that it shares.
+  // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece, 4096 bytes
+  // apart.
+  __device__ __forceinline__ std::uint32_t sums() const {
+    return staging() + 16 * (32 * warp_ + lane_);
+  }
+  // Sums and stores this worker's pieces of the block that it shares.
   __device__ __forceinline__ void reduce() {
     SegmentWalk walk(p_.plan, worker());
     Segment segment;
-    staging_free_ = false;
-    while (walk.next(segment) && segment.block < p_.plan.split_blocks) {
-      const BlockPlace place(p_, Traits::kTokens, segment.block);
-      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
-      if ((segment.begin == 0 && segment.end == p_.plan.units) || tile >= p_.row_tiles) continue;
+    if (!walk.next(segment) || segment.block >= p_.plan.split_blocks ||
+        (segment.begin == 0 && segment.end == p_.plan.units))
+      return;
+    const BlockPlace place(p_, Traits::kTokens, segment.block);
+    const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+    if (tile >= p_.row_tiles) return;
+    const bool keeps = p_.plan.all_shared();
+    if (!keeps) {
+      staging_free_ = false;
       claim_staging();
-      const std::uint32_t row = first_row(tile) + 16 * warp_;
-      const RowTerms terms(p_.output, row + lane_ / 4);
-      const ExchangeSlots slots = slots_of(segment.block);
-      const std::uint32_t mine =
-          (worker() - slots.first + slots.workers - group_ * kPieces % slots.workers) % slots.workers;
-      if (mine >= kPieces) continue;
-      const std::uint32_t count = (kPieces - mine + slots.workers - 1) / slots.workers;
-      // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
-      const std::uint32_t first_token = place.token_tile * Traits::kTokens;
-      constexpr std::uint32_t kKept =
-          Traits::kTokens / 64;  // two workers at least: half of the pieces at most
-      float scale[kKept];
+    }
+    const std::uint32_t row = first_row(tile) + 16 * warp_;
+    const RowTerms terms(p_.output, row + lane_ / 4);
+    const Exchange exchange = exchange_of(segment.block);
+    const std::uint32_t mine = exchange.mine;
+    if (mine >= kPieces) return;
+    const std::uint32_t count = (kPieces - mine + exchange.workers - 1) / exchange.workers;
+    // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
+    const std::uint32_t first_token = place.token_tile * Traits::kTokens;
+    constexpr std::uint32_t kKept = Traits::kTokens / 64;  // two workers at least: half of the pieces at most
+    float scale[kKept];
 #pragma unroll
-      for (std::uint32_t k = 0; k < kKept; ++k) {
-        const std::uint32_t i = 2 * k + lane_ / 16;
-        scale[k] = i < count ? token_scale(first_token + 16 * (mine + i * slots.workers) + lane_ % 16) : 0.0F;
-      }
-      // This thread's place for finished sums in the staging buffer: two times 16 bytes a piece.
-      const std::uint32_t sums = staging() + 16 * (32 * warp_ + lane_);
-      float sum[8] = {};
-      collect(slots, mine, count, [&](uint4 v, bool last, std::uint32_t i) {
-        add(v, sum);
-        if (!last) return;
-        ptx::store_shared_16(sums + 4096 * i, as_words(sum));
-        ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
+    for (std::uint32_t k = 0; k < kKept; ++k) {
+      const std::uint32_t i = 2 * k + lane_ / 16;
+      scale[k] =
+          i < count ? token_scale(first_token + 16 * (mine + i * exchange.workers) + lane_ % 16) : 0.0F;
+    }
+    const std::uint32_t sums = this->sums();
+    float sum[8] = {};
+    collect(
+        exchange, count, keeps, [&](std::uint32_t i) { return ptx::load_shared_16(sums + 4096 * i); },
+        [&](uint4 v, bool last, std::uint32_t i) {
+          add(v, sum);
+          if (!last) return;
+          ptx::store_shared_16(sums + 4096 * i, as_words(sum));
+          ptx::store_shared_16(sums + 4096 * i + 2048, as_words(sum + 4));
 #pragma unroll
-        for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
-      });
-      __syncwarp();
+          for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
+        });
+    __syncwarp();
 #pragma unroll
-      for (std::uint32_t k = 0; k < kKept; ++k) {
-#pragma unroll 1
-        for (std::uint32_t i = 4 * k; i < min(4 * k + 4, 2 * count); ++i) {
-          const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
-          const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
-          const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
-          const uint4 w = ptx::load_shared_16(sums + 2048 * i);
-          float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
-                        __uint_as_float(w.w)};
-          const std::uint32_t token = first_token + 16 * (mine + i / 2 * slots.workers) + 8 * (i % 2);
-          finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
-        }
+    for (std::uint32_t k = 0; k < kKept; ++k) {
+#pragma unroll
+      for (std::uint32_t q = 0; q < 4; ++q) {
+        const std::uint32_t i = 4 * k + q;
+        if (i >= 2 * count) break;
+        const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
+        const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
+        const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
+        const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+        float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
+        const std::uint32_t token = first_token + 16 * (mine + i / 2 * exchange.workers) + 8 * (i % 2);
+        finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
       }
     }
   }
@@ -532,27 +419,31 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
     if (ptx::elect_one()) {
       for (std::uint32_t i = 0; i < Traits::kStages; ++i) {
         ptx::mbarrier_init(shared.full(i), 1);
-        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster);
-        ptx::mbarrier_init(shared.weight_empty(i), 8);
+        ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster * ptx::kWarpArrivals);
+        ptx::mbarrier_init(shared.weight_empty(i), 8 * ptx::kWarpArrivals);
       }
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
+    ptx::cluster_arrive();
     producer.fetch_first_weights();
   } else if (warp == 9) {
+    ptx::cluster_arrive();
     if (ptx::elect_one()) {
       ptx::tensor_prefetch(&token_map);
       ptx::tensor_prefetch(&out_map);
     }
     __syncwarp();
-  } else if (warp < 8) {
-    build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
+  } else {
+    ptx::cluster_arrive();
+    if (warp < 8)
+      build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
   }
-  __syncthreads();      // the table
-  ptx::cluster_sync();  // the other CTA's barriers
+  ptx::cluster_wait();  // both CTAs' barriers
   watch.stamp(Stamp::ready);
   if (warp < 8) {
     ptx::registers_increase<232>();
+    ptx::named_barrier<256>(3);                                                 // the table
     const std::uint32_t again = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);  // not kept: see worker()
     PrefillConsumer<Traits, kVariant>(p, &out_map, shared, again, ptx::lane_index()).run(watch);
     if (threadIdx.x == 0) watch.write(p.profile);

@@ -39,6 +39,17 @@ __device__ __forceinline__ void mbarrier_arrive_if(std::uint32_t bar, bool condi
       "r"(static_cast<std::uint32_t>(condition))
       : "memory");
 }
+// How a warp says that it has read a stage: its lanes meet and one arrives. With FIREQ_EVERY_LANE_ARRIVES
+// each lane arrives for itself, which is slower and means the same: racecheck does not see a warp's lanes
+// meet.
+#ifdef FIREQ_EVERY_LANE_ARRIVES
+inline constexpr std::uint32_t kWarpArrivals = 32;
+#else
+inline constexpr std::uint32_t kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ bool arrives(std::uint32_t lane, std::uint32_t chosen) {
+  return kWarpArrivals == 32 || lane == chosen;
+}
 // The same barrier in CTA `rank` of the cluster. Plain arrive: with .release.cluster it costs over a thousand
 // cycles, and the readers' loads and wgmma have already completed when they arrive.
 __device__ __forceinline__ void mbarrier_arrive_cluster_if(std::uint32_t bar, std::uint32_t rank,
@@ -152,6 +163,27 @@ __device__ __forceinline__ std::uint32_t cluster_rank() {
 // mbarrier_init_fence orders what the CTAs must see of each other.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+}
+// This CTA's shared-memory address as it is in CTA `rank` of the cluster.
+__device__ __forceinline__ std::uint32_t in_cluster(std::uint32_t address, std::uint32_t rank) {
+  std::uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+// Stores 16 bytes in another CTA's shared memory and counts them at a barrier there.
+__device__ __forceinline__ void store_async_16(std::uint32_t remote, uint4 v, std::uint32_t remote_bar) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(remote),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(remote_bar)
+      : "memory");
+}
+// The two halves of cluster_sync.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(std::uint32_t id) {

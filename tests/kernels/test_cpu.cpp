@@ -20,48 +20,46 @@ namespace {
 
 TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
   std::mt19937 rng(std::random_device{}());
-  std::uniform_int_distribution<std::uint32_t> blocks(1, 500), units(1, 60), workers(1, 140), share(0, 6);
+  std::uniform_int_distribution<std::uint32_t> blocks(1, 500), units(1, 60), workers(1, 140);
   for (int round = 0; round < 300; ++round) {
-    const SplitPlan plan = make_split_plan(blocks(rng), units(rng), workers(rng), share(rng));
+    const SplitPlan plan = make_split_plan(blocks(rng), units(rng), workers(rng));
     SCOPED_TRACE(std::to_string(plan.blocks) + " blocks " + std::to_string(plan.units) + " units " +
                  std::to_string(plan.workers) + " workers");
     std::vector<int> seen(plan.blocks * plan.units, 0);
-    std::vector<std::uint64_t> load(plan.workers, 0);
+    std::vector<std::uint32_t> sharers(plan.blocks, 0);
+    const std::uint32_t rounds = (plan.blocks - plan.split_blocks) / plan.workers;
+    EXPECT_EQ(plan.split_blocks + rounds * plan.workers, plan.blocks);
+    EXPECT_LE(plan.split_workers, plan.workers);
     for (std::uint32_t w = 0; w < plan.workers; ++w) {
       SegmentWalk walk(plan, w);
       Segment s;
-      std::set<std::pair<std::uint32_t, std::uint32_t>> partial;
+      std::uint32_t parts = 0;
       while (walk.next(s)) {
+        ++parts;
         ASSERT_LT(s.begin, s.end);
         ASSERT_LE(s.end, plan.units);
         ASSERT_LT(s.block, plan.blocks);
-        load[w] += s.end - s.begin;
         for (std::uint32_t u = s.begin; u < s.end; ++u) ++seen[s.block * plan.units + u];
-        const bool whole = s.begin == 0 && s.end == plan.units;
         if (s.block < plan.split_blocks) {
+          EXPECT_EQ(parts, 1U) << "a share after another segment";
+          ++sharers[s.block];
           EXPECT_GE(w, plan.first_worker(s.block));
-          EXPECT_LE(w, plan.last_worker(s.block));
-          if (!whole) {
-            EXPECT_TRUE(partial.emplace(partial_slot(plan, w, s.block), 0).second)
-                << "two partials in a slot";
-            EXPECT_NE(plan.first_worker(s.block), plan.last_worker(s.block));
-          } else {
-            EXPECT_EQ(plan.first_worker(s.block), plan.last_worker(s.block));
-          }
+          EXPECT_LT(w, plan.first_worker(s.block) + plan.workers_of(s.block));
+          // As even as can be: every share within one unit of K / workers.
+          const std::uint32_t even = plan.units / plan.workers_of(s.block);
+          EXPECT_GE(s.end - s.begin, even);
+          EXPECT_LE(s.end - s.begin, even + 1);
         } else {
-          EXPECT_TRUE(whole);
+          EXPECT_TRUE(s.begin == 0 && s.end == plan.units);
         }
       }
+      EXPECT_EQ(parts, rounds + (w < plan.split_workers ? 1U : 0U));
     }
     EXPECT_THAT(seen, ::testing::Each(1));
-    // Every worker between the first and the last of a block contributes.
-    for (std::uint32_t b = 0; b < plan.split_blocks; ++b)
-      for (std::uint32_t w = plan.first_worker(b); w <= plan.last_worker(b); ++w) {
-        EXPECT_LT(plan.share_begin(w), (b + 1) * plan.units);
-        EXPECT_GT(plan.share_begin(w + 1), b * plan.units);
-      }
-    const auto [low, high] = std::minmax_element(load.begin(), load.end());
-    EXPECT_LE(*high - *low, 1U) << "uneven shares";
+    for (std::uint32_t b = 0; b < plan.split_blocks; ++b) {
+      EXPECT_EQ(sharers[b], plan.workers_of(b));
+      EXPECT_GE(plan.workers_of(b), std::min(plan.units, plan.workers / plan.split_blocks));
+    }
   }
 }
 

@@ -1,4 +1,6 @@
-// Host side of the prefill kernel, and its instances.
+// Host side of the prefill kernel; each token tile has a translation unit of its own (prefill128.cu, ...).
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 
@@ -8,11 +10,9 @@
 
 namespace fireq::kernels {
 
-namespace {
-
 template <class Traits>
-void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
-                   const GemmOptions& options) {
+void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
+                           std::uint32_t multiprocessors, const GemmOptions& options) {
   const WeightRef& w = problem.w;
   PrefillParams p{};
   p.tiles = w.tiles;
@@ -67,23 +67,11 @@ void launch_traits(const GemmProblem& problem, const GemmConfig& config, std::ui
     launch(prefill_kernel<Traits, Variant::plain>, shape, "prefill kernel", token_map, out_map, p);
 }
 
-}  // namespace
-
-std::size_t prefill_workspace_bytes(std::uint32_t multiprocessors) {
-  return std::size_t{multiprocessors} * 2 * kTileRows * 256 *
-         sizeof(std::uint16_t);  // two partial tiles a CTA
-}
-
-void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
-                    const GemmOptions& options) {
-  switch (config.token_tile) {
-    case 128:
-      return launch_traits<PrefillTraits<128, 7>>(problem, config, multiprocessors, options);
-    case 256:
-      return launch_traits<PrefillTraits<256, 4>>(problem, config, multiprocessors, options);
-    default:
-      throw Error(ErrorKind::usage, "no prefill kernel with this token tile").found(to_string(config));
-  }
+template <std::uint32_t kTokens>
+void launch_prefill_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                         const GemmOptions& options) {
+  launch_prefill_traits<PrefillTraits<kTokens, kTokens == 128 ? 7 : 4>>(problem, config, multiprocessors,
+                                                                        options);
 }
 
 }  // namespace fireq::kernels

@@ -1,0 +1,6 @@
+#include "kernels/cuda/decode_launch.cuh"
+
+namespace fireq::kernels {
+template void launch_decode_tile<64>(const GemmProblem&, const GemmConfig&, std::uint32_t,
+                                     const GemmOptions&);
+}

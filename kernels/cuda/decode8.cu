@@ -1,0 +1,5 @@
+#include "kernels/cuda/decode_launch.cuh"
+
+namespace fireq::kernels {
+template void launch_decode_tile<8>(const GemmProblem&, const GemmConfig&, std::uint32_t, const GemmOptions&);
+}

@@ -1,0 +1,74 @@
+// Host side of the decode kernel. Each token tile has a translation unit of its own (decode8.cu ...): they
+// take long to compile.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/cuda/decode.cuh"
+#include "kernels/cuda/kernels.hpp"
+#include "kernels/cuda/runtime.hpp"
+
+namespace fireq::kernels {
+
+// Ring depths fill the half of shared memory that a CTA may use. At 64 tokens the accumulators leave no
+// registers for codes loaded ahead.
+template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages, bool kClusters>
+using Depths = DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kWeightStages, kTokenStages,
+                            (kTokens < 64), kClusters>;
+template <std::uint32_t kTokens, bool kClusters>
+struct Choice;
+template <bool kClusters>
+struct Choice<8, kClusters> : Depths<8, kClusters ? 5 : 6, kClusters ? 8 : 5, kClusters> {};
+template <bool kClusters>
+struct Choice<16, kClusters> : Depths<16, 5, kClusters ? 4 : 5, kClusters> {};
+template <bool kClusters>
+struct Choice<32, kClusters> : Depths<32, 7, 8, kClusters> {};
+template <bool kClusters>
+struct Choice<64, kClusters> : Depths<64, 5, 4, kClusters> {};
+
+template <class Traits>
+void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                          const GemmOptions& options) {
+  const WeightRef& w = problem.w;
+  DecodeParams p{};
+  p.tiles = w.tiles;
+  p.token_scale = problem.x.scale;
+  p.output = {w.row_scales,
+              w.per_tensor ? 0U : 1U,
+              problem.epilogue.bias,
+              problem.epilogue.residual,
+              problem.epilogue.residual_pitch,
+              problem.y.data,
+              problem.y.pitch,
+              static_cast<std::uint32_t>(problem.x.tokens),
+              static_cast<std::uint32_t>(w.rows),
+              stored_in_pairs(problem)};
+  std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
+  p.plan = decode_plan(w.rows, w.cols, config, multiprocessors);
+  p.workspace = static_cast<uint4*>(options.workspace.data);
+  p.dump = problem.dump;
+  p.profile = options.profile;
+  p.groups = static_cast<std::uint32_t>(w.groups());
+  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
+                                          problem.x.pitch, Traits::kTokens, kGroup);
+  const LaunchShape shape{p.plan.workers,       kDecodeThreads,
+                          Traits::kSharedBytes, Traits::kClusters ? p.plan.shares : 1,
+                          options.programmatic, options.stream};
+  if (problem.dump != nullptr)
+    launch(decode_kernel<Traits, Variant::dump>, shape, "decode kernel, operand dump", map, p);
+  else if (options.profile != nullptr)
+    launch(decode_kernel<Traits, Variant::profile>, shape, "decode kernel, profiled", map, p);
+  else
+    launch(decode_kernel<Traits, Variant::plain>, shape, "decode kernel", map, p);
+}
+
+template <std::uint32_t kTokens>
+void launch_decode_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
+                        const GemmOptions& options) {
+  if (one_block_a_cluster(config))
+    launch_decode_traits<Choice<kTokens, true>>(problem, config, multiprocessors, options);
+  else
+    launch_decode_traits<Choice<kTokens, false>>(problem, config, multiprocessors, options);
+}
+
+}  // namespace fireq::kernels

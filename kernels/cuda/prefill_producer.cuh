@@ -1,0 +1,165 @@
+// What both sides of the prefill kernel (prefill.cuh) share - parameters, shared memory, the order of tiles -
+// and its producer.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/profile.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/weight_tile.cuh"
+#include "kernels/split_plan.hpp"
+
+namespace fireq::kernels {
+
+inline constexpr std::uint32_t kPrefillThreads = 384;
+inline constexpr std::uint32_t kPrefillCluster = 2;
+inline constexpr std::uint32_t kPromoteGroups = 24;
+// The second warpgroup promotes so many groups earlier than the first, which multiplies meanwhile.
+inline constexpr std::uint32_t kPromoteShift = 4;
+inline constexpr std::uint32_t kRasterTokens = 2048;
+inline constexpr std::uint32_t kPrefillSharedLimit = 232448;
+
+struct PrefillParams {
+  const std::uint8_t* tiles;
+  const float* token_scale;
+  OutputParams output;
+  LevelsParam levels;
+  SplitPlan plan;  // blocks: pairs of row tiles x token tiles; units: K groups
+  uint4* workspace;
+  std::uint8_t* dump;         // expanded operands [N, Kp], debug kernels only
+  CtaProfile* profile;        // [CTAs], profiled kernels only
+  std::uint32_t groups;       // Kp / 128
+  std::uint32_t row_tiles;    // ceil(N / 128)
+  std::uint32_t token_tiles;  // ceil(M / kTokens)
+  std::uint32_t chunk;        // groups between promotions
+  float partial_scale;        // a power of two that brings any partial sum into FP16's range
+  float partial_unscale;      // its inverse
+  bool tensor_output;         // output rows are 16-byte aligned: stored by the copy engine
+  bool vector_residual;       // residual rows are 16-byte aligned
+};
+
+template <std::uint32_t kTokens_, std::uint32_t kStages_>
+struct PrefillTraits {
+  static constexpr std::uint32_t kTokens = kTokens_;
+  static constexpr std::uint32_t kStages = kStages_;
+  static constexpr std::uint32_t kAccumulators = kTokens / 2;
+  static constexpr std::uint32_t kTokenBytes = kTokens * kGroup;
+  static constexpr std::uint32_t kStagingBytes = kTokens * kHalfRows * 2;  // of one warpgroup
+
+  static constexpr std::uint32_t kTableOffset = 0;  // 1024-byte aligned
+  static constexpr std::uint32_t kTokenOffset = kTableOffset + kTableBytes;
+  static constexpr std::uint32_t kStagingOffset = kTokenOffset + kStages * kTokenBytes;
+  static constexpr std::uint32_t kWeightOffset = kStagingOffset + 2 * kStagingBytes;
+  static constexpr std::uint32_t kBarrierOffset = kWeightOffset + kStages * kTileBytes;
+  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages;
+  static_assert(kSharedBytes <= kPrefillSharedLimit);
+};
+
+template <class Traits>
+struct PrefillShared {
+  std::uint32_t base;
+  std::uint32_t rank;
+  __device__ __forceinline__ std::uint32_t tokens(std::uint32_t stage) const {
+    return base + Traits::kTokenOffset + stage * Traits::kTokenBytes;
+  }
+  __device__ __forceinline__ std::uint32_t weights(std::uint32_t stage) const {
+    return base + Traits::kWeightOffset + stage * kTileBytes;
+  }
+  __device__ __forceinline__ std::uint32_t full(std::uint32_t stage) const {
+    return base + Traits::kBarrierOffset + 8 * stage;
+  }
+  __device__ __forceinline__ std::uint32_t empty(std::uint32_t stage) const {
+    return full(stage) + 8 * Traits::kStages;
+  }
+  // Weights are this CTA's alone and free as soon as they are in registers.
+  __device__ __forceinline__ std::uint32_t weight_empty(std::uint32_t stage) const {
+    return full(stage) + 16 * Traits::kStages;
+  }
+};
+
+// Where block `block` of the plan lies, in raster order.
+struct BlockPlace {
+  std::uint32_t row_pair, token_tile;
+  __device__ __forceinline__ BlockPlace(const PrefillParams& p, std::uint32_t tokens, std::uint32_t block) {
+    const std::uint32_t pairs = (p.row_tiles + kPrefillCluster - 1) / kPrefillCluster;
+    const std::uint32_t wide = kRasterTokens / tokens;
+    const std::uint32_t group = block / (pairs * wide);
+    const std::uint32_t within = block - group * pairs * wide;
+    const std::uint32_t width = min(wide, p.token_tiles - group * wide);
+    row_pair = within / width;
+    token_tile = group * wide + within - row_pair * width;
+  }
+};
+
+// The producer: weights of the first round before it joins the others at the start and waits for the kernel
+// before, whose time they use.
+template <class Traits>
+class PrefillProducer {
+ public:
+  __device__ __forceinline__ PrefillProducer(const PrefillParams& p, const CUtensorMap* token_map,
+                                             const PrefillShared<Traits>& shared, std::uint32_t worker)
+      : p_(p), token_map_(token_map), shared_(shared), worker_(worker) {}
+
+  __device__ __forceinline__ void fetch_first_weights() const {
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
+    std::uint32_t stage = 0;
+    while (stage < Traits::kStages && walk.next(segment)) {
+      const std::uint8_t* source = tile_of(BlockPlace(p_, Traits::kTokens, segment.block));
+      for (std::uint32_t g = segment.begin; g < segment.end && stage < Traits::kStages; ++g, ++stage) {
+        if (ptx::elect_one()) fetch_weights(source, g, stage);
+        __syncwarp();
+      }
+    }
+  }
+  __device__ __forceinline__ void run() const {
+    ptx::wait_for_previous_kernel();
+    SegmentWalk walk(p_.plan, worker_);
+    Segment segment;
+    RingPosition<Traits::kStages> ring;
+    std::uint32_t ahead = 0;
+    constexpr std::uint32_t kShare = Traits::kTokens / kPrefillCluster;
+    while (walk.next(segment)) {
+      const BlockPlace place(p_, Traits::kTokens, segment.block);
+      const std::uint8_t* source = tile_of(place);
+      const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank * kShare;
+      for (std::uint32_t g = segment.begin; g < segment.end; ++g) {
+        if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
+        ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
+        if (ptx::elect_one()) {
+          if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
+          ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank * kShare * kGroup, token_map_,
+                                     g * kGroup, first_token, shared_.full(ring.index),
+                                     (1U << kPrefillCluster) - 1U);
+        }
+        __syncwarp();
+        ring.advance();
+        ++ahead;
+      }
+    }
+  }
+
+ private:
+  // With an odd number of row tiles the last pair's second CTA computes the last tile again and stores
+  // nothing.
+  __device__ __forceinline__ const std::uint8_t* tile_of(const BlockPlace& place) const {
+    const std::uint32_t tile = min(place.row_pair * kPrefillCluster + shared_.rank, p_.row_tiles - 1);
+    return p_.tiles + static_cast<std::uint64_t>(tile) * p_.groups * kTileBytes;
+  }
+  __device__ __forceinline__ void fetch_weights(const std::uint8_t* source, std::uint32_t g,
+                                                std::uint32_t stage) const {
+    ptx::mbarrier_expect(shared_.full(stage), kTileBytes + Traits::kTokenBytes);
+    ptx::bulk_load(shared_.weights(stage), source + static_cast<std::uint64_t>(g) * kTileBytes, kTileBytes,
+                   shared_.full(stage));
+  }
+
+  const PrefillParams& p_;
+  const CUtensorMap* token_map_;
+  const PrefillShared<Traits>& shared_;
+  std::uint32_t worker_;
+};
+
+}  // namespace fireq::kernels
