@@ -97,16 +97,23 @@ nlohmann::json device_check_json(const calib::DeviceLinearCheck& c) {
     if (std::isfinite(p.relative_error)) product["rel_error"] = p.relative_error;
     products.push_back(std::move(product));
   }
+  nlohmann::json operands = nlohmann::json::array();
+  for (const auto& o : c.operands) {
+    nlohmann::json kernel = {{"kernel", o.kernel}, {"wrong", o.wrong}};
+    if (o.wrong != 0)
+      kernel["first"] = {{"row", o.row}, {"col", o.col}, {"expected", o.expected}, {"found", o.found}};
+    operands.push_back(std::move(kernel));
+  }
   return {{"name", c.name},
           {"rows", c.rows},
           {"cols", c.cols},
           {"wrong_tile_bytes", c.wrong_tile_bytes},
           {"wrong_unpacked_bytes", c.wrong_unpacked_bytes},
-          {"wrong_operands", c.wrong_operands},
+          {"wrong_operands", c.wrong_operands()},
           {"wrong_token_values", c.wrong_token_values},
           {"unwritten_outputs", c.unwritten_outputs},
           {"outputs_that_vary", c.outputs_that_vary},
-          {"kernels", c.kernels},
+          {"operands", operands},
           {"products", products},
           {"failures", c.failures()}};
 }

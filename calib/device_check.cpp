@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -179,8 +180,17 @@ class Checker {
 
     const std::vector<std::uint8_t> operands = exact_operands(q, options_.threads);
     probe->visit_operands(options_.tokens, [&](const LinearProbe::Operands& found) {
-      result.kernels.push_back(found.kernel);
-      result.wrong_operands += differing(found.bytes, operands);
+      DeviceLinearCheck::Operands& kernel = result.operands.emplace_back();
+      kernel.kernel = found.kernel;
+      kernel.wrong = differing(found.bytes, operands);
+      const auto [got, expected] =
+          std::mismatch(found.bytes.begin(), found.bytes.end(), operands.begin(), operands.end());
+      if (got == found.bytes.end() || expected == operands.end()) return;
+      const auto at = static_cast<std::uint64_t>(expected - operands.begin());
+      kernel.row = at / q.padded_cols();
+      kernel.col = at % q.padded_cols();
+      kernel.expected = *expected;
+      kernel.found = *got;
     });
 
     std::mt19937_64 random(seed);
@@ -224,6 +234,12 @@ class Checker {
 
 }  // namespace
 
+std::uint64_t DeviceLinearCheck::wrong_operands() const {
+  std::uint64_t sum = 0;
+  for (const Operands& o : operands) sum += o.wrong;
+  return sum;
+}
+
 const DeviceLinearCheck::Product& DeviceLinearCheck::worst_product() const {
   if (products.empty()) throw Error(ErrorKind::internal, "no product was checked");
   // NaN is worst of all.
@@ -241,7 +257,14 @@ std::vector<std::string> DeviceLinearCheck::failures() const {
   };
   count(wrong_tile_bytes, "prepacked bytes differ");
   count(wrong_unpacked_bytes, "unpacked bytes differ");
-  count(wrong_operands, "operands differ");
+  for (const Operands& o : operands) {
+    if (o.wrong == 0) continue;
+    std::array<char, 64> first{};
+    std::snprintf(first.data(), first.size(), " (first at [%llu, %llu]: expected 0x%02x, found 0x%02x)",
+                  static_cast<unsigned long long>(o.row), static_cast<unsigned long long>(o.col), o.expected,
+                  o.found);
+    out.push_back(std::to_string(o.wrong) + " operands of " + o.kernel + " differ" + first.data());
+  }
   count(wrong_token_values, "quantised activations differ");
   count(unwritten_outputs, "outputs are not finite");
   count(outputs_that_vary, "outputs vary between runs");

@@ -79,11 +79,16 @@ struct DeviceLinearCheck {
   std::uint64_t rows = 0, cols = 0;
   std::uint64_t wrong_tile_bytes = 0;      // prepacked, against the CPU's (layout sm90: the folder's) bytes
   std::uint64_t wrong_unpacked_bytes = 0;  // codes and scales after prepack and unpack
-  std::uint64_t wrong_operands = 0;        // of all kernels together
   std::uint64_t wrong_token_values = 0;    // FP8 bytes and scales of the device's quantiser
   std::uint64_t unwritten_outputs = 0;     // NaN
   std::uint64_t outputs_that_vary = 0;     // between two runs
-  std::vector<std::string> kernels;        // whose operands were compared
+  struct Operands {
+    std::string kernel;
+    std::uint64_t wrong = 0;               // bytes
+    std::uint64_t row = 0, col = 0;        // of the first wrong one
+    std::uint8_t expected = 0, found = 0;  // there
+  };
+  std::vector<Operands> operands;
   struct Product {
     std::uint64_t tokens = 0;
     std::string activations;  // "random" or "calibration-like"
@@ -93,6 +98,7 @@ struct DeviceLinearCheck {
   };
   std::vector<Product> products;
 
+  std::uint64_t wrong_operands() const;  // of all kernels together
   const Product& worst_product() const;  // by error over limit
   // What does not hold, in words: empty when all does.
   std::vector<std::string> failures() const;

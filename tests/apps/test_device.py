@@ -6,12 +6,15 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import unittest
 
 import numpy as np
 
 import oracle
-from harness import (ENVIRONMENT, STORIES_15M, TINY, TOLERANCE, TestCase, fireq, fireq_json, main, refused)
+from harness import (ENVIRONMENT, ROOT, STORIES_15M, TINY, TOLERANCE, TestCase, fireq, fireq_json, main, parse_json,
+                     refused)
 
 WINDOW = 256
 # Characters of the text that are evaluated, and those that calibrate. Many: another order of summation redraws a
@@ -87,14 +90,30 @@ class OnTheGpu(TestCase):
                         self.assertLess(p["rel_error"], p["limit"], c["name"])
                     if got["device"]["compute_capability"] == 90:
                         for route in ("decode", "prefill", "portable", "dequantised"):
-                            self.assertTrue(any(route in k for k in c["kernels"]), f"{route}: {c['kernels']}")
+                            self.assertTrue(any(route in o["kernel"] for o in c["operands"]), route)
                     worst.append(max(p["rel_error"] / p["limit"] for p in c["products"]))
                 self.assertEqual(sorted(worst, reverse=True), worst, "worst first")
                 errors = {m: max(p["rel_error"] for c in linears for p in c["products"] if p["tokens"] == m)
                           for m in (1, 7, 64, 333)}
                 report.setdefault("validate", {})[name] = {
-                    "linears": len(linears), "kernels": sorted({k for c in linears for k in c["kernels"]}),
+                    "linears": len(linears), "kernels": sorted({o["kernel"] for c in linears for o in c["operands"]}),
                     "worst_error": errors}
+
+    def test_a_layer_of_llama3_8b(self):
+        """Matrices that need every multiprocessor, and a long K."""
+        model, out = self.tmp / "model", self.tmp / "out"
+        subprocess.run([sys.executable, ROOT / "scripts/make_random_model.py", "--shape", "llama3-8b", "--layers", "1",
+                        "--vocab", "2000", "--seed", "1", "-o", model], check=True, capture_output=True)
+        fireq("quantize", model, "-o", out, "--preset", "rtn", "--layout", "sm90", "--quiet")
+        path = self.tmp / "report.json"
+        fireq("validate", out, "--device", "cuda", "--quiet", "--json", path, code=None)
+        got = parse_json(path)
+        report["llama3-8b layer"] = {
+            c["name"]: {"operands": c["operands"], "failures": c["failures"],
+                        "worst_error": max(p["rel_error"] or math.inf for p in c["products"])}
+            for c in got["device"]["linears"]}
+        self.assertEqual(7, len(got["device"]["linears"]))
+        self.assertEqual([], got["failures"])
 
     def test_seeds_give_other_activations(self):
         errors = [[p["rel_error"] for c in fireq_json("validate", self.folder("rtn"), "--device", "cuda", "--seed",

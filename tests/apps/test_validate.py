@@ -1,13 +1,16 @@
 """fireq validate and inspect: their numbers against numpy, exit codes, JSON."""
 import shutil
 import struct
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 
 import oracle
-from harness import (CALIBRATE_260K, INPUT, STORIES_15M, STORIES_260K, STORIES_260K_BF16, TINY, TOLERANCE, USAGE, TestCase,
-                     copy_model, fireq, fireq_json, location, main, parse_json, poke, read_tensors, refused, write_safetensors)
+from harness import (CALIBRATE_260K, INPUT, ROOT, STORIES_15M, STORIES_260K, STORIES_260K_BF16, TINY, TOLERANCE, USAGE, TestCase,
+                     copy_model, digest, fireq, fireq_json, location, main, parse_json, poke, read_tensors, refused,
+                     write_safetensors)
 
 
 class Validate(TestCase):
@@ -127,6 +130,46 @@ class Validate(TestCase):
         text = fireq("validate", out, "--reference", STORIES_260K).out
         self.assertIn("model.layers.4.mlp.down_proj", text)
         self.assertIn("dB", text)
+
+
+class RandomModels(TestCase):
+    """scripts/make_random_model.py, with which kernels are checked and measured at a real model's size."""
+
+    def make(self, name, *args, code=0):
+        done = subprocess.run([sys.executable, ROOT / "scripts/make_random_model.py", *map(str, args), "-o",
+                               self.tmp / name], capture_output=True, text=True)
+        self.assertEqual(code, done.returncode, done.stderr)
+        return self.tmp / name
+
+    def test_same_seed_same_bytes_and_a_model_that_works(self):
+        one = self.make("one", "--shape", "tiny", "--seed", 3, "--processes", 1)
+        self.assertEqual(digest(one), digest(self.make("two", "--shape", "tiny", "--seed", 3, "--processes", 3)))
+        other = digest(self.make("other", "--shape", "tiny", "--seed", 4))
+        for name in digest(one):
+            if name.endswith(".safetensors"):
+                self.assertNotEqual(digest(one)[name], other[name])
+        self.make("one", "--shape", "tiny", code=2)  # exists
+
+        weights = oracle.to_float(*read_tensors(one)["model.layers.1.mlp.down_proj.weight"]).astype(np.float64)
+        self.assertEqual((96, 160), weights.shape)
+        widths = np.sort(weights.std(axis=0)) * np.sqrt(160)
+        self.assertAlmostEqual(1, widths[:-1].mean(), delta=0.05)
+        self.assertAlmostEqual(8, widths[-1], delta=2)  # one channel in 100
+
+        packed = self.quantised("packed", one, "--preset", "rtn")
+        self.assertEqual([], fireq_json("validate", packed, "--reference", one)["failures"])
+        np.arange(300, dtype="<u4").tofile(self.tmp / "ids.u32")
+        got = fireq_json("eval", packed, "--tokens", self.tmp / "ids.u32", "--ctx", 100)
+        self.assertEqual(3, got["windows"])
+        self.assertTrue(300 < got["ppl"] < 1e4, got["ppl"])  # random logits are no better than a guess
+
+    def test_layers_and_vocabulary(self):
+        model = self.make("slice", "--shape", "tiny", "--layers", 3, "--vocab", 77)
+        tensors = read_tensors(model)
+        self.assertEqual((77, 96), tensors["lm_head.weight"][1].shape)
+        self.assertIn("model.layers.2.self_attn.k_proj.weight", tensors)
+        self.assertEqual(4, len(list(model.glob("*.safetensors"))))
+        self.make("none", "--layers", 0, code=2)
 
 
 class Inspect(TestCase):

@@ -73,7 +73,8 @@ TEST_F(DeviceCheck, ARightDevicePasses) {
     ASSERT_EQ(checks.size(), 7 * kShape.layers);
     for (const DeviceLinearCheck& c : checks) {
       EXPECT_THAT(c.failures(), IsEmpty()) << c.name;
-      EXPECT_THAT(c.kernels, ElementsAre("twin", "twin again"));
+      ASSERT_EQ(c.operands.size(), 2U);
+      EXPECT_EQ(c.operands[1].kernel, "twin again");
       ASSERT_EQ(c.products.size(), 8U);  // two kinds of activations, four numbers of tokens
       for (const auto& p : c.products) {
         // bf16 rounding of the outputs and nothing less.
@@ -104,7 +105,9 @@ TEST_F(DeviceCheck, EachFaultIsSeenWhereItIs) {
   expect_one({.tiles = [](auto& t) { t.pop_back(); }}, "prepacked bytes", 1);
   expect_one({.unpacked = [](auto& r) { r.codes.back() ^= 0x80U; }}, "unpacked bytes", 1);
   expect_one({.unpacked = [](auto& r) { r.group_scales[0] += 1; }}, "unpacked bytes", 1);
-  expect_one({.operands = [](auto& o) { o[3] ^= 0x80U; }}, "operands", 1);
+  expect_one({.operands = [](auto& o) { o[3] ^= 0x80U; }}, "operands of twin again differ (first at [0, 3]",
+             1);
+  expect_one({.operands = [](auto& o) { o[o.size() - 1] = o[o.size() - 129] = 0xff; }}, "found 0xff", 2);
   // Products run eight times a linear.
   expect_one({.product = [](auto& p) { p.x8[0] ^= 1U; }}, "quantised activations", 8);
   expect_one({.product = [](auto& p) { p.scale[0] = std::nextafter(p.scale[0], 9.0F); }},
