@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/commands.hpp"
+#include "apps/tasks.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "common/error.hpp"
@@ -16,6 +17,7 @@ struct Arguments {
   CommonOptions common;
   std::string model, reference, bos, weights, activations, kv, k, v, qp;
   TextArguments text;
+  std::vector<std::string> tasks;
   std::optional<std::uint64_t> ctx;
 };
 
@@ -46,8 +48,10 @@ nlohmann::json precision_json(const calib::Precision& p, bool packed_weights) {
 }
 
 int run(const Arguments& a) {
-  if (!a.text.given())
-    throw Error(ErrorKind::usage, "no text given").hint("use --text FILE or --tokens ids.u32");
+  if (!a.text.given() && a.tasks.empty())
+    throw Error(ErrorKind::usage, "no text given").hint("use --text FILE, --tokens ids.u32 or --tasks FILE");
+  if (a.text.given() && !a.tasks.empty())
+    throw Error(ErrorKind::usage, "--tasks and a text exclude each other").hint("run eval once for each");
   ConsoleProgress progress(a.common.quiet);
   const auto model = calib::open_weights(a.model);
   if (!model->packed() && a.weights == "packed") {
@@ -69,6 +73,17 @@ int run(const Arguments& a) {
     folded = calib::fold_like(*reference, a.model, *model->quantization());
   }
   const calib::WeightSource& tested = folded ? *folded : *model;
+
+  if (!a.tasks.empty()) {
+    const Report report(a.common);
+    const calib::Precision precision = precision_of(a, *model);
+    const std::uint64_t context = a.ctx.value_or(model->config().context);
+    nlohmann::json json = {{"precision", precision_json(precision, tested.packed())}};
+    json["tasks"] = run_tasks({a.tasks, a.bos, context}, a.model, tested, reference.get(), precision,
+                              a.common.threads, report, progress);
+    report.json(json);
+    return 0;
+  }
 
   const TokenizedText text = tokenize(a.text, a.model, model->config());
   const calib::Bos bos = resolve_bos(a.bos, text);
@@ -127,6 +142,9 @@ void add_eval(CLI::App& app, Runner& runner) {
       app.add_subcommand("eval", "Perplexity of a Hugging Face or FireQ folder; KL against a reference");
   cmd->add_option("model", a->model, "Folder")->required();
   add_text_options(*cmd, a->text);
+  cmd->add_option("--tasks", a->tasks,
+                  "Instead of a text: JSONL files of choices or last words, scored by likelihood")
+      ->type_name("FILE ...");
   add_context_option(*cmd, a->ctx);
   cmd->add_option("--bos", a->bos,
                   "head: once before the text; window: in every window; none. Default: the tokenizer's")
@@ -147,6 +165,7 @@ void add_eval(CLI::App& app, Runner& runner) {
       "  fireq eval model --text test.txt --ctx 2048\n"
       "  fireq eval out --text test.txt --reference model --json result.json\n"
       "  fireq eval out --text test.txt --kv fp            (what the INT4 cache costs)\n"
+      "  fireq eval out --tasks questions.jsonl --reference model\n"
       "  fireq eval out --text test.txt --weights original --reference model   (activations and cache "
       "alone)");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });

@@ -3,8 +3,13 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "apps/attribution.hpp"
 #include "apps/commands.hpp"
+#include "apps/html_report.hpp"
+#include "apps/linear_check_json.hpp"
+#include "calib/folding.hpp"
 #include "calib/inspect.hpp"
+#include "calib/validate.hpp"
 #include "common/error.hpp"
 #include "formats/fireq_folder.hpp"
 
@@ -13,7 +18,8 @@ namespace {
 
 struct Arguments {
   CommonOptions common;
-  std::string target;
+  std::string target, html, reference;
+  ComparisonText text;
   std::optional<std::uint64_t> layer;
   std::size_t outliers = 4;
 };
@@ -57,7 +63,10 @@ void print_packed(const Report& report, const std::vector<calib::PackedRow>& row
     list.push_back({{"layer", r.layer},
                     {"name", r.name},
                     {"magnitude_counts", r.index_count},
+                    {"scale_counts", r.scale_count},
+                    {"absmax_histogram", r.absmax_histogram},
                     {"subnormal_scales", r.subnormal_scales},
+                    {"subnormal_without_row_scale", r.subnormal_without_row_scale},
                     {"smallest_scale", r.smallest_scale},
                     {"largest_scale", r.largest_scale},
                     {"smallest_row_scale", r.smallest_row_scale},
@@ -65,8 +74,12 @@ void print_packed(const Report& report, const std::vector<calib::PackedRow>& row
   }
 }
 
+// Values in the profiles of a page: about 6 bytes each.
+constexpr std::size_t kProfileBudget = 1'000'000;
+
+// `profiles` is filled for a page only.
 void inspect_file(const Arguments& a, const std::string& path, const calib::Recipe& recipe, bool qk_norm,
-                  const Report& report, nlohmann::json& json) {
+                  const Report& report, nlohmann::json& json, nlohmann::json& profiles) {
   const formats::CalibrationStatistics statistics = formats::read_statistics(path);
   report.line(fmt::format("{}: {} layers, {} tokens in {} windows", path, statistics.layers.size(),
                           statistics.meta.tokens, statistics.meta.windows));
@@ -75,40 +88,93 @@ void inspect_file(const Arguments& a, const std::string& path, const calib::Reci
   json["sites"] = nlohmann::json::array();
   print_rows(report, calib::inspect_statistics(statistics, recipe, qk_norm, a.outliers, a.layer), "site",
              json["sites"]);
+  if (a.html.empty()) return;
+  profiles =
+      profiles_json(calib::channel_profiles(statistics, recipe, qk_norm, a.layer),
+                    calib::key_channels_smoothed_by_s(statistics, recipe, qk_norm, a.layer), kProfileBudget);
+}
+
+// Each linear against the original, folded as the folder's recipe folds it.
+void compare_with_reference(const Arguments& a, const calib::WeightSource& packed, const Report& report,
+                            Progress& progress, nlohmann::json& json) {
+  const auto reference = calib::open_weights(a.reference);
+  if (reference->packed())
+    throw Error(ErrorKind::usage, "the reference must be the original model").path(a.reference);
+  calib::require_same_shape(packed.config(), reference->config(), a.reference);
+  const auto folded = calib::fold_like(*reference, a.target, *packed.quantization());
+  calib::ValidateOptions options;
+  options.folded_reference = folded.get();
+  options.threads = a.common.threads;
+  json["reference"] = a.reference;
+  json["reference_bytes"] = reference->reader().total_bytes();
+  json["linears"] = nlohmann::json::array();
+  for (const calib::LinearCheck& c : calib::validate_linears(packed, options, progress))
+    json["linears"].push_back(check_json(c));
+  if (!a.text.text.given()) return;
+  const calib::Windows windows = comparison_windows(a.text, a.target, packed.config());
+  const calib::Attribution costs = calib::attribute_costs(
+      packed, *folded, *reference, windows,
+      {.cache = packed.quantization()->kv_cache, .threads = a.common.threads}, progress);
+  report.line("");
+  print_attribution(report, costs);
+  json["attribution"] = attribution_json(costs);
+}
+
+void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source, const Report& report,
+                           Progress& progress, nlohmann::json& json, nlohmann::json& profiles) {
+  const formats::QuantizationConfig& q = *source.quantization();
+  json["kind"] = "fireq";
+  json["recipe"] = nlohmann::json::parse(q.recipe_json, nullptr, false);
+  json["bytes"] = source.reader().total_bytes();
+  json["tool_version"] = q.tool_version;
+  json["levels"] = q.levels;
+  json["row_scale"] = q.row_scale_per_row ? "row" : "tensor";
+  json["layout"] = q.layout == formats::WeightLayout::row ? "row" : "sm90";
+  json["source_fingerprint"] = q.source_fingerprint;
+  json["calibration_fingerprint"] = q.calibration_fingerprint;
+  json["packed"] = nlohmann::json::array();
+  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target,
+                          q.levels_int4 ? "int4" : "own", q.row_scale_per_row ? "row" : "tensor",
+                          q.layout == formats::WeightLayout::row ? "row" : "sm90",
+                          bytes_text(source.reader().total_bytes()), q.tool_version));
+  print_packed(report, calib::inspect_packed(source, a.layer, progress), json["packed"]);
+  if (const std::string path = a.target + "/calibration.h5"; std::filesystem::exists(path)) {
+    report.line("");
+    inspect_file(a, path, calib::parse_recipe(q.recipe_json, a.target + "/config.json"),
+                 source.config().qk_norm, report, json, profiles);
+  }
+  if (!a.reference.empty()) compare_with_reference(a, source, report, progress, json);
 }
 
 int run(const Arguments& a) {
   ConsoleProgress progress(a.common.quiet);
   const Report report(a.common);
-  nlohmann::json json = {{"target", a.target}};
-  if (std::filesystem::is_regular_file(a.target)) {
-    json["kind"] = "statistics";
-    inspect_file(a, a.target, calib::preset_recipe("paper"), false, report, json);
-    report.json(json);
-    return 0;
+  if (!a.html.empty() && !html_report_available()) html_report({}, {}, {});  // says why not, before the work
+  nlohmann::json json = {{"target", a.target}}, profiles = nlohmann::json::object();
+  const bool statistics = std::filesystem::is_regular_file(a.target);
+  const auto source = statistics ? nullptr : calib::open_weights(a.target);
+  if (!a.reference.empty() && (!source || !source->packed())) {
+    throw Error(ErrorKind::usage, "--reference compares a FireQ folder with its original").path(a.target);
   }
-  const auto source = calib::open_weights(a.target);
-  if (!source->packed()) {
+  if (a.text.text.given() && a.reference.empty()) {
+    throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
+  }
+  if (statistics) {
+    json["kind"] = "statistics";
+    inspect_file(a, a.target, calib::preset_recipe("paper"), false, report, json, profiles);
+  } else if (source->packed()) {
+    inspect_packed_folder(a, *source, report, progress, json, profiles);
+  } else {
     json["kind"] = "model";
+    json["bytes"] = source->reader().total_bytes();
     json["weights"] = nlohmann::json::array();
     print_rows(report, calib::inspect_weights(*source, a.outliers, a.layer, a.common.threads, progress),
                "linear (input channels)", json["weights"]);
-    report.json(json);
-    return 0;
   }
-  const formats::QuantizationConfig& q = *source->quantization();
-  json["kind"] = "fireq";
-  json["recipe"] = nlohmann::json::parse(q.recipe_json, nullptr, false);
-  json["packed"] = nlohmann::json::array();
-  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target,
-                          q.levels_int4 ? "int4" : "own", q.row_scale_per_row ? "row" : "tensor",
-                          q.layout == formats::WeightLayout::row ? "row" : "sm90",
-                          bytes_text(source->reader().total_bytes()), q.tool_version));
-  print_packed(report, calib::inspect_packed(*source, a.layer, progress), json["packed"]);
-  if (const std::string path = a.target + "/calibration.h5"; std::filesystem::exists(path)) {
-    report.line("");
-    inspect_file(a, path, calib::parse_recipe(q.recipe_json, a.target + "/config.json"),
-                 source->config().qk_norm, report, json);
+  if (!a.html.empty()) {
+    formats::write_file_atomically(formats::real_file_system(), a.html,
+                                   html_report("FireQ: " + a.target, json, profiles));
+    report.line(fmt::format("{}: written, opens in any browser", a.html));
   }
   report.json(json);
   return 0;
@@ -125,13 +191,21 @@ void add_inspect(CLI::App& app, Runner& runner) {
   cmd->add_option("--outliers", a->outliers, "Channels to name in each row")
       ->transform(whole_number(0, 64))
       ->capture_default_str();
+  cmd->add_option("--html", a->html, "Write the whole picture as one page that opens from disk")
+      ->type_name("FILE");
+  cmd->add_option("--reference", a->reference,
+                  "Of a FireQ folder: the original model, to measure each linear's error")
+      ->type_name("HF_DIR");
+  add_comparison_text_options(*cmd, a->text);
   add_common_options(*cmd, a->common);
   cmd->footer(
+      "With --reference and --text also what each part and each layer costs (as validate --attribute).\n"
       "Rows k_after_n and k_after_n_s show the keys as the recipe's N and S leave them.\n"
       "Examples:\n"
       "  fireq inspect model --layer 0\n"
       "  fireq inspect stats.h5 --json stats.json\n"
-      "  fireq inspect out");
+      "  fireq inspect out\n"
+      "  fireq inspect out --reference model --text test.txt --max-tokens 4096 --html report.html");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }
 

@@ -169,6 +169,7 @@ int run(const Arguments& a) {
                {"lambda_clamped", result.clamped},
                {"zero_channels", result.zero_channels},
                {"dead_channels", result.dead_channels},
+               {"saturated_groups", result.saturated_groups},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
                {"warnings", progress.warnings()},

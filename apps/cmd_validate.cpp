@@ -4,7 +4,9 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "apps/attribution.hpp"
 #include "apps/commands.hpp"
+#include "apps/linear_check_json.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "calib/validate.hpp"
@@ -15,21 +17,17 @@ namespace {
 
 struct Arguments {
   CommonOptions common;
-  std::string model, reference, bos;
-  TextArguments text;
-  std::uint64_t max_tokens = 8192, seed = 0;
-  std::optional<std::uint64_t> ctx;
+  std::string model, reference;
+  ComparisonText text;
+  bool attribute = false;
+  std::uint64_t seed = 0;
   double max_rel_error = 0.5, max_product_error = 1e-5, max_kl = 0;
 };
 
-// KL and agreement over at most max_tokens tokens, everything the folder asks for switched on.
+// KL and agreement over the windows, everything the folder asks for switched on.
 calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightSource& model,
-                                        const calib::WeightSource& reference, Progress& progress) {
-  TokenizedText text = tokenize(a.text, a.model, model.config());
-  const std::uint64_t ctx =
-      a.ctx.value_or(std::min({model.config().context, std::uint64_t{2048}, a.max_tokens}));
-  if (text.ids.size() > a.max_tokens) text.ids.resize(a.max_tokens);
-  const calib::Windows windows = evaluation_windows(a.text, text, ctx, resolve_bos(a.bos, text));
+                                        const calib::WeightSource& reference, const calib::Windows& windows,
+                                        Progress& progress) {
   calib::EvaluationOptions options;
   const bool cache = model.quantization()->kv_cache;
   options.precision = {
@@ -37,22 +35,6 @@ calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightS
   options.threads = a.common.threads;
   options.reference = &reference;
   return calib::evaluate(model, windows, options, progress);
-}
-
-nlohmann::json check_json(const calib::LinearCheck& c) {
-  nlohmann::json j = {{"name", c.name},
-                      {"rows", c.rows},
-                      {"cols", c.cols},
-                      {"product_rel_error", c.product_relative_error},
-                      {"subnormal_scales", c.subnormal_scales}};
-  if (c.relative_error) {
-    j["rel_error"] = *c.relative_error;
-    j["snr_db"] = *c.snr_db;
-    j["worst_group"] = {{"row", c.worst_group->row},
-                        {"group", c.worst_group->group},
-                        {"rel_error", c.worst_group->relative_error}};
-  }
-  return j;
 }
 
 std::string check_line(const calib::LinearCheck& c) {
@@ -65,8 +47,11 @@ std::string check_line(const calib::LinearCheck& c) {
 }
 
 int run(const Arguments& a) {
-  if (a.text.given() && a.reference.empty()) {
+  if (a.text.text.given() && a.reference.empty()) {
     throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
+  }
+  if (a.attribute && !a.text.text.given()) {
+    throw Error(ErrorKind::usage, "--attribute measures costs on a text").hint("add --text FILE");
   }
   ConsoleProgress progress(a.common.quiet);
   const auto model = calib::open_weights(a.model);
@@ -104,8 +89,9 @@ int run(const Arguments& a) {
       failures.push_back(c.name + ": relative error");
   }
   nlohmann::json json = {{"model", a.model}, {"structure", "ok"}, {"linears", linears}};
-  if (a.text.given()) {
-    const calib::EvaluationResult r = compare_on_text(a, *model, *reference, progress);
+  if (a.text.text.given()) {
+    const calib::Windows windows = comparison_windows(a.text, a.model, model->config());
+    const calib::EvaluationResult r = compare_on_text(a, *model, *reference, windows, progress);
     report.line(
         fmt::format("KL mean {:.5f}, max {:.3f}; same top token {:.2f} %; perplexity {:.4f} ({} tokens)",
                     *r.kl_mean, *r.kl_max, 100 * *r.top1_agree, r.ppl, r.scored));
@@ -114,6 +100,13 @@ int run(const Arguments& a) {
     json["top1_agree"] = *r.top1_agree;
     json["ppl"] = r.ppl;
     json["scored"] = r.scored;
+    if (a.attribute) {
+      const calib::Attribution costs = calib::attribute_costs(
+          *model, *folded, *reference, windows,
+          {.cache = model->quantization()->kv_cache, .threads = a.common.threads}, progress);
+      print_attribution(report, costs);
+      json["attribution"] = attribution_json(costs);
+    }
     if (a.max_kl > 0 && !(*r.kl_mean <= a.max_kl)) failures.emplace_back("KL on the text");
   }
   json["failures"] = failures;
@@ -136,12 +129,10 @@ void add_validate(CLI::App& app, Runner& runner) {
   cmd->add_option("--reference", a->reference,
                   "Original model: errors of each linear are measured against it")
       ->type_name("HF_DIR");
-  add_text_options(*cmd, a->text);
-  cmd->add_option("--max-tokens", a->max_tokens, "Tokens of the text to use")
-      ->transform(whole_number(2, 1 << 30))
-      ->capture_default_str();
-  add_context_option(*cmd, a->ctx);
-  cmd->add_option("--bos", a->bos, "head, window or none")->check(CLI::IsMember({"head", "window", "none"}));
+  add_comparison_text_options(*cmd, a->text);
+  cmd->add_flag(
+      "--attribute", a->attribute,
+      "What each part and each layer costs on the text: it is evaluated about 20 times and once per layer");
   cmd->add_option("--seed", a->seed, "Seed of the random activations")
       ->transform(whole_number())
       ->capture_default_str();
@@ -156,7 +147,8 @@ void add_validate(CLI::App& app, Runner& runner) {
       "Exit code 3: a rule of the format is broken; 1: compared and out of tolerance.\n"
       "Examples:\n"
       "  fireq validate out\n"
-      "  fireq validate out --reference model --text test.txt --max-kl 0.2");
+      "  fireq validate out --reference model --text test.txt --max-kl 0.2\n"
+      "  fireq validate out --reference model --text test.txt --max-tokens 4096 --attribute");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }
 

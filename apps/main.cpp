@@ -11,6 +11,8 @@
 
 #include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
+#include "apps/html_report.hpp"
+#include "apps/shell_files.hpp"
 #include "common/error.hpp"
 #include "common/nearest.hpp"
 #include "common/progress.hpp"
@@ -65,13 +67,58 @@ void require_known_subcommand(const CLI::App& app, int argc, const char* const* 
       .hint(fmt::format("did you mean '{}'? See fireq --help", fireq::nearest_name(word, names)));
 }
 
+// The version, and what this build has and lacks.
+std::string version_text() {
+  std::vector<std::string> with, without;
+  const auto feature = [&](bool present, const char* name) { (present ? with : without).emplace_back(name); };
+#if FIREQ_TOKENIZERS
+  constexpr bool kTokenizers = true;
+#else
+  constexpr bool kTokenizers = false;
+#endif
+  feature(kTokenizers, "tokenizers");
+  feature(FIREQ_WITH_HIGHWAY != 0, "vectorised loops");
+  feature(fireq::apps::html_report_available(), "HTML report");
+  feature(FIREQ_WITH_CUDA != 0, "CUDA kernels");
+  std::string text = fmt::format("fireq {}\nwith: {}", fireq::apps::tool_version(), fmt::join(with, ", "));
+  if (!without.empty()) text += fmt::format("\nwithout: {}", fmt::join(without, ", "));
+  return text;
+}
+
+// `fireq completion SHELL` and `fireq manual` print what an installation puts into the system's folders.
+void add_shell_files(CLI::App& app, fireq::apps::Runner& runner) {
+  const auto shell = std::make_shared<std::string>();
+  CLI::App* completion = app.add_subcommand("completion", "Print a completion script for a shell");
+  completion->add_option("shell", *shell, "bash, zsh or fish")
+      ->required()
+      ->check(CLI::IsMember({"bash", "zsh", "fish"}));
+  completion->footer(
+      "Examples:\n"
+      "  source <(fireq completion bash)\n"
+      "  fireq completion fish > ~/.config/fish/completions/fireq.fish");
+  completion->callback([&app, &runner, shell] {
+    runner = [&app, shell] {
+      fmt::print("{}", fireq::apps::completion_script(app, *shell));
+      return 0;
+    };
+  });
+  CLI::App* manual = app.add_subcommand("manual", "Print the manual page, for man(1)");
+  manual->footer("Examples:\n  fireq manual > fireq.1 && man ./fireq.1");
+  manual->callback([&app, &runner] {
+    runner = [&app] {
+      fmt::print("{}", fireq::apps::manual_page(app, fireq::apps::tool_version()));
+      return 0;
+    };
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   install_signal_handlers();
   CLI::App app{"fireq: INT4 weights, FP8 activations and an INT4 KV cache for Llama-family checkpoints",
                "fireq"};
-  app.set_version_flag("--version", "fireq " + fireq::apps::tool_version());
+  app.set_version_flag("--version", version_text());
   app.require_subcommand(1);
   app.footer(
       "Exit codes: 0 success, 1 compared and out of tolerance, 2 usage, 3 bad input, 4 environment, 5 "
@@ -85,6 +132,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_export(app, run);
   fireq::apps::add_generate(app, run);
   fireq::apps::add_bench(app, run);
+  add_shell_files(app, run);
   try {
     require_known_subcommand(app, argc, argv);
     app.parse(argc, argv);

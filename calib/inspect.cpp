@@ -16,6 +16,8 @@ namespace {
 using formats::Site;
 using formats::SiteStatistics;
 
+constexpr std::uint8_t kSmallestNormal = 8;  // E4M3 code of 2^-6
+
 SiteRow site_row(std::uint64_t layer, std::string name, const SiteStatistics& s, std::size_t outliers) {
   SiteRow row;
   row.layer = layer;
@@ -37,11 +39,17 @@ SiteStatistics scaled(const SiteStatistics& s, std::span<const float> factor) {
   return out;
 }
 
-void add_key_rows(std::vector<SiteRow>& rows, std::uint64_t layer, const formats::LayerStatistics& statistics,
-                  const formats::StatisticsMeta& meta, const Recipe& recipe, bool qk_norm,
-                  std::size_t outliers) {
+// The keys as the recipe's N, and N and S, leave them; nothing where the keys were not measured.
+struct SmoothedKeys {
+  SiteStatistics after_n, after_n_s;
+  std::vector<float> s;
+};
+std::optional<SmoothedKeys> smoothed_keys(const formats::LayerStatistics& statistics,
+                                          const formats::StatisticsMeta& meta, const Recipe& recipe,
+                                          bool qk_norm) {
   const SiteStatistics& keys = statistics.site(Site::k_post_rope);
-  if (keys.empty() || meta.kv_heads == 0 || keys.absmax.size() != meta.kv_heads * meta.head_dim) return;
+  if (keys.empty() || meta.kv_heads == 0 || keys.absmax.size() != meta.kv_heads * meta.head_dim)
+    return std::nullopt;
   libquant::KeySmoothingOptions options;
   options.shared_heads = qk_norm;
   options.alpha = recipe.key_alpha;
@@ -52,11 +60,37 @@ void add_key_rows(std::vector<SiteRow>& rows, std::uint64_t layer, const formats
   options.use_s = false;
   const auto n_only =
       libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
-  rows.push_back(site_row(layer, "k_after_n", scaled(keys, n_only.n), outliers));
   options.use_s = true;
   const auto both =
       libquant::key_smoothing(statistics.k_pair_radius, keys.absmax, meta.kv_heads, meta.head_dim, options);
-  rows.push_back(site_row(layer, "k_after_n_s", scaled(scaled(keys, both.n), both.s), outliers));
+  return SmoothedKeys{scaled(keys, n_only.n), scaled(scaled(keys, both.n), both.s), both.s};
+}
+
+// Calls use(layer, site's name, statistics) for each site that was measured, and for the smoothed keys.
+template <typename Use>
+void for_each_site(const formats::CalibrationStatistics& statistics, const Recipe& recipe, bool qk_norm,
+                   std::optional<std::uint64_t> layer, const Use& use) {
+  for (std::uint64_t i = 0; i < statistics.layers.size(); ++i) {
+    if (layer && *layer != i) continue;
+    for (std::size_t s = 0; s < formats::kSites; ++s) {
+      const auto site = static_cast<Site>(s);
+      const SiteStatistics& values = statistics.layers[i].site(site);
+      if (values.empty()) continue;
+      use(i, std::string(formats::site_name(site)), values);
+      if (site != Site::k_post_rope) continue;
+      if (const auto keys = smoothed_keys(statistics.layers[i], statistics.meta, recipe, qk_norm)) {
+        use(i, "k_after_n", keys->after_n);
+        use(i, "k_after_n_s", keys->after_n_s);
+      }
+    }
+  }
+}
+
+// Bin of formats::SiteStatistics::histogram.
+std::size_t histogram_bin(double value) {
+  if (!(value >= 0x1p-16)) return 0;
+  const int exponent = std::ilogb(value);
+  return std::min(formats::kHistogramBins - 1, static_cast<std::size_t>(exponent + 17));
 }
 
 void check_layer(std::optional<std::uint64_t> layer, std::uint64_t layers) {
@@ -106,18 +140,48 @@ std::vector<SiteRow> inspect_statistics(const formats::CalibrationStatistics& st
                                         std::optional<std::uint64_t> layer) {
   check_layer(layer, statistics.layers.size());
   std::vector<SiteRow> rows;
+  for_each_site(statistics, recipe, qk_norm, layer,
+                [&](std::uint64_t i, std::string site, const SiteStatistics& values) {
+                  rows.push_back(site_row(i, std::move(site), values, outliers));
+                });
+  return rows;
+}
+
+std::vector<ChannelProfile> channel_profiles(const formats::CalibrationStatistics& statistics,
+                                             const Recipe& recipe, bool qk_norm,
+                                             std::optional<std::uint64_t> layer) {
+  check_layer(layer, statistics.layers.size());
+  std::vector<ChannelProfile> profiles;
+  for_each_site(statistics, recipe, qk_norm, layer,
+                [&](std::uint64_t i, std::string site, const SiteStatistics& values) {
+                  ChannelProfile& p = profiles.emplace_back();
+                  p.layer = i;
+                  p.site = std::move(site);
+                  p.absmax = values.absmax;
+                  p.rms.reserve(values.sumsq.size());
+                  for (const double sum : values.sumsq)
+                    p.rms.push_back(static_cast<float>(std::sqrt(sum / static_cast<double>(values.count))));
+                });
+  return profiles;
+}
+
+std::vector<SmoothedChannels> key_channels_smoothed_by_s(const formats::CalibrationStatistics& statistics,
+                                                         const Recipe& recipe, bool qk_norm,
+                                                         std::optional<std::uint64_t> layer) {
+  check_layer(layer, statistics.layers.size());
+  std::vector<SmoothedChannels> list;
   for (std::uint64_t i = 0; i < statistics.layers.size(); ++i) {
     if (layer && *layer != i) continue;
-    for (std::size_t s = 0; s < formats::kSites; ++s) {
-      const auto site = static_cast<Site>(s);
-      const SiteStatistics& values = statistics.layers[i].site(site);
-      if (values.empty()) continue;
-      rows.push_back(site_row(i, std::string(formats::site_name(site)), values, outliers));
-      if (site == Site::k_post_rope)
-        add_key_rows(rows, i, statistics.layers[i], statistics.meta, recipe, qk_norm, outliers);
+    SmoothedChannels& entry = list.emplace_back();
+    entry.layer = i;
+    if (!recipe.key_s) continue;
+    const auto keys = smoothed_keys(statistics.layers[i], statistics.meta, recipe, qk_norm);
+    if (!keys) continue;
+    for (std::size_t c = 0; c < keys->s.size(); ++c) {
+      if (keys->s[c] != 1.0F) entry.channels.push_back(c);
     }
   }
-  return rows;
+  return list;
 }
 
 std::vector<SiteRow> inspect_weights(const WeightSource& source, std::size_t outliers,
@@ -157,14 +221,21 @@ std::vector<PackedRow> inspect_packed(const WeightSource& source, std::optional<
         for (std::uint64_t c = 0; c < q.cols; ++c) ++row.index_count[q.code(r, c) & 7U];
       }
       row.smallest_scale = row.smallest_row_scale = std::numeric_limits<double>::infinity();
-      std::uint64_t subnormal = 0;
-      for (const std::uint8_t b : q.group_scales) {
+      std::uint64_t subnormal = 0, subnormal_without = 0;
+      for (std::size_t g = 0; g < q.group_scales.size(); ++g) {
+        const std::uint8_t b = q.group_scales[g];
         const auto sigma = static_cast<double>(libquant::decode_e4m3(b));
         row.smallest_scale = std::min(row.smallest_scale, sigma);
         row.largest_scale = std::max(row.largest_scale, sigma);
-        if (b < 8) ++subnormal;
+        ++row.scale_count[b & 127U];
+        if (b < kSmallestNormal) ++subnormal;
+        const double whole = sigma * static_cast<double>(q.row_scale(g / q.groups()));
+        if (libquant::encode_e4m3(static_cast<float>(whole)) < kSmallestNormal) ++subnormal_without;
+        ++row.absmax_histogram[histogram_bin(whole * static_cast<double>(q.levels.magnitude[7]))];
       }
-      row.subnormal_scales = static_cast<double>(subnormal) / static_cast<double>(q.group_scales.size());
+      const auto groups = static_cast<double>(q.group_scales.size());
+      row.subnormal_scales = static_cast<double>(subnormal) / groups;
+      row.subnormal_without_row_scale = static_cast<double>(subnormal_without) / groups;
       for (const float r : q.row_scales) {
         row.smallest_row_scale = std::min(row.smallest_row_scale, static_cast<double>(r));
         row.largest_row_scale = std::max(row.largest_row_scale, static_cast<double>(r));

@@ -29,6 +29,26 @@ std::vector<SiteRow> inspect_statistics(const formats::CalibrationStatistics& st
                                         const Recipe& recipe, bool qk_norm, std::size_t outliers,
                                         std::optional<std::uint64_t> layer);
 
+// What a site's channels hold, for drawing: [C] each. Sites as in inspect_statistics.
+struct ChannelProfile {
+  std::uint64_t layer = 0;
+  std::string site;
+  std::vector<float> absmax, rms;
+};
+std::vector<ChannelProfile> channel_profiles(const formats::CalibrationStatistics& statistics,
+                                             const Recipe& recipe, bool qk_norm,
+                                             std::optional<std::uint64_t> layer);
+
+// Channels of the keys [kv_heads * head_dim] that S acts on: its factor is not 1. One list per layer, empty
+// without S.
+struct SmoothedChannels {
+  std::uint64_t layer = 0;
+  std::vector<std::uint64_t> channels;
+};
+std::vector<SmoothedChannels> key_channels_smoothed_by_s(const formats::CalibrationStatistics& statistics,
+                                                         const Recipe& recipe, bool qk_norm,
+                                                         std::optional<std::uint64_t> layer);
+
 // Weights of an original checkpoint: one row per linear, channels are input columns.
 std::vector<SiteRow> inspect_weights(const WeightSource& source, std::size_t outliers,
                                      std::optional<std::uint64_t> layer, int threads, Progress& progress);
@@ -37,8 +57,14 @@ std::vector<SiteRow> inspect_weights(const WeightSource& source, std::size_t out
 struct PackedRow {
   std::uint64_t layer = 0;
   std::string name;
-  std::array<std::uint64_t, 8> index_count{};  // how often each magnitude is used
-  double subnormal_scales = 0;                 // share of group scales under 2^-6
+  std::array<std::uint64_t, 8> index_count{};    // how often each magnitude is used
+  std::array<std::uint64_t, 128> scale_count{};  // groups by their scale's E4M3 code
+  // Groups by log2 of what their scale stands for, sigma * r * the top magnitude (about the group's largest
+  // weight), in the bins of formats::SiteStatistics.
+  std::array<std::uint64_t, formats::kHistogramBins> absmax_histogram{};
+  double subnormal_scales = 0;  // share of group scales under 2^-6
+  double subnormal_without_row_scale =
+      0;  // the same had sigma * r been stored, with no second scale beside it
   double smallest_scale = 0, largest_scale = 0;
   double smallest_row_scale = 0, largest_row_scale = 0;
 };

@@ -9,6 +9,7 @@
 
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/model_card.hpp"
 #include "calib/packed_tensors.hpp"
 #include "calib/two_streams.hpp"
 #include "common/error.hpp"
@@ -50,10 +51,11 @@ void sort_by_name(std::vector<StagedTensor>& tensors) {
             [](const StagedTensor& a, const StagedTensor& b) { return a.plan.name < b.plan.name; });
 }
 
-// r = 1/s of the per-tensor search; add(search, begin, count) feeds it rows. Sums are integers: any cut gives
-// the same s.
+// The per-tensor search; add(search, begin, count) feeds it rows. Sums are integers: any cut gives the same
+// s.
 template <typename Add>
-float tensor_scale(const Recipe& recipe, std::uint64_t rows, int threads, const Add& add) {
+libquant::TensorScaleSearch search_tensor_scale(const Recipe& recipe, std::uint64_t rows, int threads,
+                                                const Add& add) {
   constexpr std::uint64_t kRows = 256;
   const libquant::TensorScaleSearch empty(recipe.weights.tensor_search_threshold);
   std::vector<libquant::TensorScaleSearch> part((rows + kRows - 1) / kRows, empty);
@@ -61,21 +63,25 @@ float tensor_scale(const Recipe& recipe, std::uint64_t rows, int threads, const 
                [&](std::size_t t) { add(part[t], t * kRows, std::min(kRows, rows - t * kRows)); });
   libquant::TensorScaleSearch total = empty;
   for (const auto& p : part) total.merge(p);
-  return 1.0F / total.scale();
+  return total;
 }
 
 // One linear from FP32 rows. Rows are independent, so any split over threads gives the same bytes.
+// saturated_groups: see TensorScaleSearch.
 QuantizedLinear quantize_folded(const LinearWeights& w, const Recipe& recipe,
-                                std::span<const float> input_mean_square, int threads) {
+                                std::span<const float> input_mean_square, int threads,
+                                std::uint64_t& saturated_groups) {
   const bool per_tensor = recipe.weights.row_scale == RowScale::tensor;
   QuantizedLinear q = libquant::make_quantized_linear(w.rows, w.cols, recipe.weights.levels, per_tensor);
   const std::uint64_t tasks = (w.rows + kRowsPerTask - 1) / kRowsPerTask;
   const std::span<const float> all(w.weight);
   if (per_tensor) {
-    q.row_scales[0] =
-        tensor_scale(recipe, w.rows, threads, [&](auto& search, std::uint64_t begin, std::uint64_t count) {
-          search.add_rows(all.subspan(begin * w.cols, count * w.cols), count, w.cols);
-        });
+    const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
+      search.add_rows(all.subspan(begin * w.cols, count * w.cols), count, w.cols);
+    };
+    const libquant::TensorScaleSearch found = search_tensor_scale(recipe, w.rows, threads, add);
+    q.row_scales[0] = 1.0F / found.scale();
+    saturated_groups = found.saturated_groups();
   }
   parallel_for(tasks, threads, [&](std::size_t t) {
     const std::uint64_t begin = t * kRowsPerTask;
@@ -88,7 +94,8 @@ QuantizedLinear quantize_folded(const LinearWeights& w, const Recipe& recipe,
 
 // One linear straight from the checkpoint's bytes, when nothing is folded into it.
 QuantizedLinear quantize_raw(const TensorView& view, const Recipe& recipe,
-                             std::span<const float> input_mean_square, int threads) {
+                             std::span<const float> input_mean_square, int threads,
+                             std::uint64_t& saturated_groups) {
   const std::uint64_t rows = view.shape[0];
   const std::uint64_t cols = view.shape[1];
   const bool per_tensor = recipe.weights.row_scale == RowScale::tensor;
@@ -96,11 +103,12 @@ QuantizedLinear quantize_raw(const TensorView& view, const Recipe& recipe,
   const std::uint64_t row_bytes = cols * dtype_size(view.dtype);
   const std::uint64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   if (per_tensor) {
-    q.row_scales[0] =
-        tensor_scale(recipe, rows, threads, [&](auto& search, std::uint64_t begin, std::uint64_t count) {
-          search.add_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, count,
-                              cols);
-        });
+    const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
+      search.add_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, count, cols);
+    };
+    const libquant::TensorScaleSearch found = search_tensor_scale(recipe, rows, threads, add);
+    q.row_scales[0] = 1.0F / found.scale();
+    saturated_groups = found.saturated_groups();
   }
   parallel_for(tasks, threads, [&](std::size_t t) {
     const std::uint64_t begin = t * kRowsPerTask;
@@ -201,10 +209,18 @@ QuantizedLinear Job::quantize_linear(const std::string& name, std::size_t i, con
                                      LayerWeights* weights) {
   const std::span<const float> mean_square = report.input_mean_square[i];
   try {
-    return weights == nullptr
-               ? quantize_raw(reader_.tensor(name + ".weight"), options_.recipe, mean_square,
-                              options_.threads)
-               : quantize_folded(weights->linear[i], options_.recipe, mean_square, options_.threads);
+    std::uint64_t saturated = 0;
+    QuantizedLinear q = weights == nullptr ? quantize_raw(reader_.tensor(name + ".weight"), options_.recipe,
+                                                          mean_square, options_.threads, saturated)
+                                           : quantize_folded(weights->linear[i], options_.recipe, mean_square,
+                                                             options_.threads, saturated);
+    if (saturated > 0) {
+      progress_.warning(name + ".weight: " + std::to_string(saturated) +
+                        " groups hold weights beyond 448, which a per-tensor scale cuts off; row scales "
+                        "(presets rtn, fast, best) keep them");
+    }
+    result_.saturated_groups += saturated;
+    return q;
   } catch (Error& e) {
     e.tensor_if_unset(name + ".weight");
     e.path_if_unset(reader_.contains(name + ".weight") ? reader_.file_of(name + ".weight")
@@ -384,6 +400,8 @@ QuantizeResult Job::run() {
     quantization.calibration_seed = options_.seed;
   }
   quantization.tool_version = options_.tool_version;
+  formats::write_file_atomically(fs_, writer.side_file("README.md"),
+                                 model_card(config_, plan, options_.recipe, quantization));
   const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
   writer.publish(units, formats::make_config_json(source_config, quantization), options_.shard_size);
 

@@ -60,7 +60,8 @@ struct QuantizeResult {
   std::uint64_t bytes_before = 0, bytes_after = 0;  // tensor data
   std::uint64_t linears = 0, resumed_layers = 0;
   std::uint64_t clamped = 0, zero_channels = 0;
-  std::uint64_t dead_channels = 0;  // inputs that were always zero on the calibration text
+  std::uint64_t saturated_groups = 0;  // with a weight that the per-tensor scale cut off
+  std::uint64_t dead_channels = 0;     // inputs that were always zero on the calibration text
   double seconds = 0, calibration_seconds = 0;
 };
 

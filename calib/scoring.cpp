@@ -99,6 +99,7 @@ std::vector<TokenScore> score(Side& model, Side* reference, std::span<const std:
     const RowState& state = states[i];
     const simd::LogSumExp& sum = reference == nullptr ? state.model : state.both.model;
     out[i].nll = simd::value(sum) - static_cast<double>(state.target);
+    out[i].is_top1 = state.target >= sum.max;
     if (reference != nullptr) {
       out[i].kl = simd::value(state.both);
       out[i].same_top1 = state.model_top.index == state.reference_top.index;

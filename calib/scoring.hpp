@@ -46,6 +46,7 @@ class OutputHead {
 struct TokenScore {
   double nll = 0;          // of the target, nats
   double kl = 0;           // KL(reference || model), with a reference
+  bool is_top1 = false;    // no logit is larger than the target's
   bool same_top1 = false;  // with a reference
 };
 

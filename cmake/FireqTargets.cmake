@@ -22,8 +22,12 @@ target_include_directories(fireq_flags INTERFACE ${CMAKE_SOURCE_DIR})
 function(fireq_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
   add_library(${name} STATIC ${ARG_SOURCES})
-  target_link_libraries(${name} PUBLIC fireq_flags ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
-  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  # An installed library asks for C++20 and its headers, not for our warnings.
+  target_link_libraries(${name} PUBLIC $<BUILD_INTERFACE:fireq_flags> ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+  target_compile_features(${name} PUBLIC cxx_std_20)
+  target_include_directories(${name} PUBLIC $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}/fireq>)
+  string(REGEX REPLACE "^fireq_" "" exported ${name})
+  set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON EXPORT_NAME ${exported})
 endfunction()
 
 # fireq_test(NAME SOURCES a.cpp ... LINK libs [LABELS l]): a GoogleTest program whose cases are listed one by one in ctest.

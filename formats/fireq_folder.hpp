@@ -63,13 +63,13 @@ std::array<std::string, 7> linear_names(std::uint64_t layer);
 std::array<std::uint64_t, 2> linear_shape(const ModelConfig& model, std::size_t linear);
 bool linear_has_bias(const ModelConfig& model, std::size_t linear);
 
-// One run's output. Units (embedding, layers, tail) are staged one by one as durable files in
+// One run's output. Units (embedding, layers, tail) are staged one by one as hashed files in
 // OUT.fireq-partial/; publish() assembles shards of at most shard_size bytes of data, writes the index and
 // config.json last, fsyncs, and makes OUT appear by one rename. shard_size only moves tensors between files.
 // docs/checkpoint-format.md has the partial folder's content and what each interruption leaves.
 //
-// stage() and publish() throw what the file system throws; after an error or a crash the partial folder can
-// be resumed.
+// stage() and publish() throw what the file system throws, publish() Error(environment) for a staged tensor
+// that no longer has its hash; after an error or a crash the partial folder can be resumed.
 class FireqWriter {
  public:
   enum class Mode : std::uint8_t {
@@ -90,8 +90,9 @@ class FireqWriter {
 
   const std::string& partial_folder() const noexcept;
   bool unit_done(const std::string& unit) const;
-  // Stages one unit: tensors with their bytes, sorted by name inside the unit; durable on return. Unit names
-  // are made of letters, digits, '-', '_' and '.'.
+  // Stages one unit: tensors with their bytes, sorted by name inside the unit. A killed run finds it again;
+  // what a power failure takes from it is noticed by its hash, and the unit done again. Unit names are made
+  // of letters, digits, '-', '_' and '.'.
   struct Tensor {
     TensorPlan plan;
     std::vector<std::byte> owned;         // used when not empty

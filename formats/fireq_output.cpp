@@ -26,7 +26,7 @@ namespace {
 
 namespace stdfs = std::filesystem;
 
-constexpr std::uint64_t kResumeVersion = 1;
+constexpr std::uint64_t kResumeVersion = 2;
 constexpr std::array<const char*, 3> kFingerprints{"model", "text", "recipe"};
 constexpr std::uint64_t kHashStep = std::uint64_t{8} << 20U;
 

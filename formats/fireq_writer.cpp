@@ -22,10 +22,18 @@ namespace fireq::formats {
 namespace {
 
 constexpr std::uint64_t kCopyStep = std::uint64_t{8} << 20U;
-// Metadata key of a staged file: JSON list of the unit's tensors that stay in the source.
+// Metadata keys of a staged file: JSON list of the unit's tensors that stay in the source; JSON object of the
+// hashes of the others.
 constexpr const char* kFromSource = "from_source";
+constexpr const char* kHashes = "xxh3";
 
-// Passes writes on and hashes them, so that a staged file is not read again for its record.
+std::string hash_of(std::span<const std::byte> bytes) {
+  return hex(XXH3_128bits(bytes.data(), bytes.size()));
+}
+
+// Passes writes on and hashes them, so that a staged file is not read again for its record. A staged file is
+// not fsynced: what a power failure takes from it shows in its record when the run is resumed, and what a
+// failing disk takes shows in its tensors' hashes when the shards are assembled.
 class HashingFile final : public OutputFile {
  public:
   HashingFile(std::unique_ptr<OutputFile> file, Hasher& hasher) : file_(std::move(file)), hasher_(hasher) {}
@@ -36,7 +44,7 @@ class HashingFile final : public OutputFile {
   void write_at(std::uint64_t /*offset*/, std::span<const std::byte> /*bytes*/) override {
     throw Error(ErrorKind::internal, "a hashed file is written front to back");
   }
-  void sync() override { file_->sync(); }
+  void sync() override {}
   void close() override { file_->close(); }
 
  private:
@@ -71,11 +79,16 @@ std::string shard_name(std::size_t index, std::size_t count) {
       .append(".safetensors");
 }
 
+std::span<const std::byte> bytes_of(const FireqWriter::Tensor& tensor) {
+  return tensor.owned.empty() ? tensor.borrowed : std::span<const std::byte>(tensor.owned);
+}
+
 struct Piece {
   TensorPlan plan;
   std::uint64_t bytes = 0;
   const SafetensorsFile* staged = nullptr;  // null: in the source
   TensorInfo info;
+  std::string hash;  // of a staged one
 };
 
 }  // namespace
@@ -101,6 +114,7 @@ struct FireqWriter::Impl {
   static std::vector<std::vector<const Piece*>> cut(const std::vector<Piece>& pieces,
                                                     std::uint64_t shard_size);
   void write_shard(const std::string& name, const std::vector<const Piece*>& pieces);
+  static void append_staged(SafetensorsWriter& writer, const Piece& piece);
   void copy_source_files();
   void write_file(const std::string& name, std::string_view text);
   void remove_leftovers();
@@ -146,30 +160,29 @@ void FireqWriter::stage(const std::string& unit, std::span<const Tensor> tensors
   std::sort(sorted.begin(), sorted.end(),
             [](const Tensor* a, const Tensor* b) { return a->plan.name < b->plan.name; });
   std::vector<TensorPlan> plan;
-  nlohmann::json kept = nlohmann::json::array();
+  nlohmann::json kept = nlohmann::json::array(), hashes = nlohmann::json::object();
   for (const Tensor* const tensor : sorted) {
     if (tensor->from_source) {
       impl_->source_tensor(tensor->plan);
       kept.push_back(tensor->plan.name);
-    } else {
-      plan.push_back(tensor->plan);
+      continue;
     }
-  }
-  Hasher hasher;
-  const std::string path = impl_->folder.unit_path(unit);
-  SafetensorsWriter writer(std::make_unique<HashingFile>(impl_->fs.create(path), hasher), path, plan,
-                           {{kFromSource, kept.dump()}});
-  for (const Tensor* const tensor : sorted) {
-    if (tensor->from_source) continue;
-    const std::span<const std::byte> bytes =
-        tensor->owned.empty() ? tensor->borrowed : std::span<const std::byte>(tensor->owned);
+    const std::span<const std::byte> bytes = bytes_of(*tensor);
     if (bytes.size() != tensor->plan.bytes()) {
       throw Error(ErrorKind::internal, "a staged tensor has not the bytes of its shape")
           .tensor(tensor->plan.name)
           .expected(std::to_string(tensor->plan.bytes()))
           .found(std::to_string(bytes.size()));
     }
-    writer.append(bytes);
+    plan.push_back(tensor->plan);
+    hashes[tensor->plan.name] = hash_of(bytes);
+  }
+  Hasher hasher;
+  const std::string path = impl_->folder.unit_path(unit);
+  SafetensorsWriter writer(std::make_unique<HashingFile>(impl_->fs.create(path), hasher), path, plan,
+                           {{kFromSource, kept.dump()}, {kHashes, hashes.dump()}});
+  for (const Tensor* const tensor : sorted) {
+    if (!tensor->from_source) writer.append(bytes_of(*tensor));
   }
   writer.finish();
   impl_->folder.record(unit, {writer.file_size(), hasher.digest()});
@@ -184,17 +197,22 @@ std::vector<Piece> FireqWriter::Impl::collect(const std::vector<std::string>& un
     if (!folder.done().contains(unit)) throw Error(ErrorKind::internal, "a unit is not staged").found(unit);
     const SafetensorsFile& file = staged.emplace_back(folder.unit_path(unit));
     const std::size_t first = pieces.size();
+    const auto metadata = [&](const char* key) {
+      const auto found = file.header().metadata.find(key);
+      if (found == file.header().metadata.end()) {
+        throw Error(ErrorKind::input, "a staged file was not written by this program").path(file.path());
+      }
+      return parse_json(found->second, file.path());
+    };
+    const nlohmann::json hashes = metadata(kHashes);
+    const JsonFields hash(hashes, file.path());
     for (const TensorInfo& info : file.header().tensors) {
-      pieces.push_back({{info.name, info.dtype, info.shape}, info.end - info.begin, &file, info});
+      pieces.push_back(
+          {{info.name, info.dtype, info.shape}, info.end - info.begin, &file, info, hash.text(info.name)});
     }
-    const auto kept = file.header().metadata.find(kFromSource);
-    if (kept == file.header().metadata.end()) {
-      throw Error(ErrorKind::input, "a staged file was not written by this program").path(file.path());
-    }
-    const nlohmann::json list = parse_json(kept->second, file.path());
-    for (const nlohmann::json& name : list) {
+    for (const nlohmann::json& name : metadata(kFromSource)) {
       const TensorView view = source().tensor(name.get<std::string>());
-      pieces.push_back({{view.name, view.dtype, view.shape}, view.data.size(), nullptr, {}});
+      pieces.push_back({{view.name, view.dtype, view.shape}, view.data.size(), nullptr, {}, {}});
     }
     std::sort(pieces.begin() + static_cast<std::ptrdiff_t>(first), pieces.end(),
               [](const Piece& a, const Piece& b) { return a.plan.name < b.plan.name; });
@@ -240,14 +258,28 @@ void FireqWriter::Impl::write_shard(const std::string& name, const std::vector<c
       source().release(piece->plan.name);
       continue;
     }
-    TensorInfo part;
-    for (part.begin = piece->info.begin; part.begin < piece->info.end; part.begin = part.end) {
-      part.end = std::min(piece->info.end, part.begin + kCopyStep);
-      writer.append(piece->staged->tensor(part).data);
-      piece->staged->release(part);  // so that resident memory stays small
-    }
+    append_staged(writer, *piece);
   }
   writer.finish();
+}
+
+void FireqWriter::Impl::append_staged(SafetensorsWriter& writer, const Piece& piece) {
+  Hasher hasher;
+  TensorInfo part;
+  for (part.begin = piece.info.begin; part.begin < piece.info.end; part.begin = part.end) {
+    part.end = std::min(piece.info.end, part.begin + kCopyStep);
+    const std::span<const std::byte> bytes = piece.staged->tensor(part).data;
+    hasher.add_bytes(bytes);
+    writer.append(bytes);
+    piece.staged->release(part);  // so that resident memory stays small
+  }
+  if (hasher.digest() == piece.hash) return;
+  throw Error(ErrorKind::environment, "a staged tensor no longer holds what was written")
+      .path(piece.staged->path())
+      .tensor(piece.plan.name)
+      .expected("xxHash3 " + piece.hash)
+      .found(hasher.digest())
+      .hint("check the disk; --resume does this layer again");
 }
 
 void FireqWriter::Impl::copy_source_files() {

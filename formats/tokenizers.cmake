@@ -9,5 +9,5 @@ if(FIREQ_WITH_TOKENIZERS)
             tokenizer_bpe.cpp tokenizer_decoder.cpp tokenizer_regex.cpp tokenizer_sentencepiece.cpp
             tokenizer_sentencepiece_model.cpp unicode_classes.cpp chat.cpp
     PUBLIC fireq_common fireq_formats
-    PRIVATE nlohmann_json::nlohmann_json PkgConfig::PCRE2 PkgConfig::UTF8PROC PkgConfig::SENTENCEPIECE)
+    PRIVATE $<BUILD_INTERFACE:nlohmann_json::nlohmann_json> PkgConfig::PCRE2 PkgConfig::UTF8PROC PkgConfig::SENTENCEPIECE)
 endif()

@@ -75,9 +75,13 @@ class TensorScaleSearch {
   void add_rows_raw(std::span<const std::byte> w, Dtype dtype, std::uint64_t rows, std::uint64_t cols);
   void merge(const TensorScaleSearch& other);
   float scale() const;  // s; the stored second-level scale is r = 1/s
+  // Groups with a weight beyond 448, the largest product of a level and sigma: s does not go below 1, so that
+  // such weights become +-448.
+  std::uint64_t saturated_groups() const noexcept { return saturated_groups_; }
 
  private:
   float threshold_;
+  std::uint64_t saturated_groups_ = 0;
   std::vector<std::uint64_t> under_;  // per candidate, in units of 2^-36
   float largest_group_max_ = 0;
 };

@@ -285,6 +285,7 @@ void TensorScaleSearch::add_rows_raw(std::span<const std::byte> w, Dtype dtype, 
       const float amax =
           std::isfinite(value) ? value : HUGE_VALF;  // refused with its index when it is quantised
       largest_group_max_ = std::max(largest_group_max_, amax);
+      if (amax > kFp8Max) ++saturated_groups_;
       double s = 1;
       for (std::uint64_t& under : under_) {
         const double scaled = s * static_cast<double>(amax);
@@ -301,6 +302,7 @@ void TensorScaleSearch::merge(const TensorScaleSearch& other) {
     throw Error(ErrorKind::internal, "per-tensor searches with different thresholds");
   for (std::size_t i = 0; i < under_.size(); ++i) under_[i] += other.under_[i];
   largest_group_max_ = std::max(largest_group_max_, other.largest_group_max_);
+  saturated_groups_ += other.saturated_groups_;
 }
 
 float TensorScaleSearch::scale() const {

@@ -99,14 +99,16 @@ class Packed:
         if self.levels[0] == 0:
             assert not np.any(self.codes == 8), f"{name}: minus zero"
 
-    def operands(self):
+    def operands(self, rounded=True):
         """w8 [N, K] = +-RN8(level * sigma)."""
         sigma = np.repeat(E4M3[self.sigma_bytes], GROUP, axis=1)
-        value = rn8(self.levels[self.codes & 7] * sigma)
+        value = self.levels[self.codes & 7] * sigma
+        if rounded:
+            value = rn8(value)
         return np.where(self.codes & 8, -value, value)[:, :self.cols]
 
-    def weights(self):
-        return self.operands() * (self.r[:, None] if len(self.r) > 1 else self.r)
+    def weights(self, rounded=True):
+        return self.operands(rounded) * (self.r[:, None] if len(self.r) > 1 else self.r)
 
 
 # --- models ------------------------------------------------------------------------------------------------

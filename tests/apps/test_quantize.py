@@ -52,7 +52,11 @@ class Folder(TestCase):
             self.assertEqual((source / name).read_bytes(), (out / name).read_bytes(), name)
         weights = {p.name for p in shards(out)}
         self.assertEqual({"model.safetensors"}, weights)
-        own = {"config.json"} | ({"calibration.h5"} if calibrated else set())
+        card = (out / "README.md").read_text()
+        quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+        self.assertEqual(json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1]), quantization["recipe"])
+        self.assertIn(f"preset `{quantization['recipe']['preset']}`", card)
+        own = {"config.json", "README.md"} | ({"calibration.h5"} if calibrated else set())
         self.assertEqual(copied | weights | own, files)
         self.assertEqual([], [p.name for p in out.parent.iterdir() if p.name.startswith(out.name + ".")])
 

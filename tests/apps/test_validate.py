@@ -1,4 +1,5 @@
 """fireq validate and inspect: their numbers against numpy, exit codes, JSON."""
+import shutil
 import struct
 
 import h5py
@@ -6,7 +7,7 @@ import numpy as np
 
 import oracle
 from harness import (CALIBRATE_260K, INPUT, STORIES_15M, STORIES_260K, STORIES_260K_BF16, TINY, TOLERANCE, USAGE, TestCase,
-                     copy_model, fireq, fireq_json, location, main, parse_json, poke, read_tensors, refused)
+                     copy_model, fireq, fireq_json, location, main, parse_json, poke, read_tensors, refused, write_safetensors)
 
 
 class Validate(TestCase):
@@ -51,6 +52,55 @@ class Validate(TestCase):
         refused("validate", out, *text, "--quiet", code=USAGE, parts=["--reference"])
         refused("validate", out, "--reference", STORIES_260K, *text, "--max-kl", got["kl_mean"] / 100, "--quiet",
                 code=TOLERANCE, parts=["KL"])
+
+    def test_attribution(self):
+        """Each cost is what eval finds for the same switches, and for a model in which only those weights are packed."""
+        out = self.quantised("fast", STORIES_260K, "--preset", "fast", *CALIBRATE_260K)
+        text = ("--text", TINY, "--skip-chars", 50000, "--max-chars", 2500, "--ctx", 128)
+        reference = ("--reference", STORIES_260K)
+        got = fireq_json("validate", out, *reference, *text, "--attribute")["attribution"]
+        original = fireq_json("eval", STORIES_260K, *text)
+        self.assertEqual((got["scored"], got["original_nll"]), (original["scored"], original["nll_per_token"]))
+
+        def expect(cost, folder, *switches):
+            found = fireq_json("eval", folder, *text, *reference, *switches)
+            self.assertAlmostEqual(cost["kl"], found["kl_mean"], delta=2e-6, msg=(folder, switches))
+            self.assertAlmostEqual(cost["delta_nll"], found["nll_per_token"] - original["nll_per_token"], delta=2e-6)
+
+        full = {"--weights": "original", "--activations": "fp", "--k": "fp", "--v": "fp", "--qp": "fp"}
+        own = {"--weights": "packed", "--activations": "fp8", "--k": "int4", "--v": "int4", "--qp": "fp8"}
+        part = {p["part"]: p for p in got["parts"]}
+        self.assertEqual(list(part), ["weights", "weights, products exact", "activations", "k", "v", "q and p"])
+        expect(got["all"], out)
+        for name, switch in {"weights": "--weights", "activations": "--activations", "k": "--k", "v": "--v", "q and p": "--qp"}.items():
+            expect(part[name], out, *sum({**full, switch: own[switch]}.items(), ()))
+            expect(part[name]["without"], out, *sum({**own, switch: full[switch]}.items(), ()))
+        self.assertNotIn("without", part["weights, products exact"])
+
+        # Without folds packed weights can be put into the original one by one.
+        rtn = self.quantised("rtn", STORIES_260K, "--preset", "rtn")
+        packed, tensors = oracle.Model(rtn).packed, read_tensors(STORIES_260K)
+        got = fireq_json("validate", rtn, *reference, *text, "--attribute")["attribution"]
+        self.assertEqual([entry["layer"] for entry in got["layers"]], [0, 1, 2, 3, 4])
+
+        def with_packed(chosen, rounded=True):
+            shutil.rmtree(self.tmp / "mixed", ignore_errors=True)
+            mixed = copy_model(STORIES_260K, self.tmp / "mixed")
+            values = {name: ("F32", oracle.to_float(*value)) for name, value in tensors.items()}
+            for name, p in packed.items():
+                if chosen(name):
+                    values[name + ".weight"] = ("F32", p.weights(rounded).astype("<f4"))
+            write_safetensors(mixed / "model.safetensors", values)
+            return mixed
+
+        for layer in (0, 3):
+            expect(got["layers"][layer], with_packed(lambda name: f"layers.{layer}." in name))
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
+            self.assertEqual(got["linears"][i]["part"], name)
+            if name in ("v_proj", "down_proj"):
+                expect(got["linears"][i], with_packed(lambda n: n.endswith(name)))
+        expect(got["parts"][1], with_packed(lambda name: True, rounded=False))
+        refused("validate", out, *reference, "--attribute", "--quiet", code=USAGE, parts=["--text"])
 
     def test_out_of_tolerance(self):
         name = "model.layers.2.self_attn.o_proj"

@@ -4,10 +4,12 @@
 Prints Markdown tables (docs/results.md holds a run) and, with --json, every figure. Needs the fireq binary, the unpacked
 test data and, for SmolLM2, its folder.
 
-    accuracy_table.py --fireq build/release/bin/fireq --data build/data [--smollm2 DIR] [--json FILE] [--work DIR]
+    accuracy_table.py --fireq build/release/bin/fireq --data build/data [--smollm2 DIR] [--only MODEL] [--match REGEX]
+                      [--json FILE] [--work DIR]
 """
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,6 +119,7 @@ def main():
     ap.add_argument("--data", type=Path, required=True)
     ap.add_argument("--smollm2", type=Path)
     ap.add_argument("--only", help="name of one model")
+    ap.add_argument("--match", default="", help="regular expression: only the recipes whose names it finds")
     ap.add_argument("--presets-only", action="store_true", help="leave the single switches out")
     ap.add_argument("--threads", type=int, default=0)
     ap.add_argument("--json", type=Path)
@@ -134,6 +137,8 @@ def main():
             table = everything[model["name"]] = {"base": base, "rows": {}}
             print("| recipe | bytes | " + " | ".join(p for p, _ in PARTS) + " |\n|---" * 1 + "|---" * (len(PARTS) + 1) + "|")
             for name, recipe, calibration in RECIPES:
+                if not re.search(args.match, name):
+                    continue
                 folder, q = run.quantize(model, recipe, calibration)
                 cells = row(run, model, base, folder, PARTS)
                 table["rows"][name] = {"bytes": q["bytes_after"], "cells": cells}
@@ -147,6 +152,8 @@ def main():
                 continue
             print("\n| one switch | " + " | ".join(p for p, _ in PARTS[1:]) + " |\n|---" + "|---" * len(PARTS[1:]) + "|")
             for name, recipe in SWITCHES:
+                if not re.search(args.match, name):
+                    continue
                 folder, q = run.quantize(model, recipe, "calib")
                 cells = row(run, model, base, folder, PARTS[1:])
                 table["rows"][name] = {"bytes": q["bytes_after"], "cells": cells}

@@ -218,19 +218,50 @@ TEST(QuantizeJobInput, WhatDoesNotFitIsRefused) {
     EXPECT_FALSE(fs::exists(folder.path() / name)) << name;
 }
 
+// A model in F32 whose last weight, of the last layer's down_proj, is `weight`.
+RandomModel write_model_ending_in(float weight, const fs::path& model) {
+  RandomModel shape = kLlama;
+  shape.dtype = "F32";
+  shape.mlp_bias = false;  // so that down_proj's weight is the file's end
+  write_random_model(model, shape);
+  std::fstream file(model / "model.safetensors", std::ios::in | std::ios::out | std::ios::binary);
+  file.seekp(-4, std::ios::end);
+  file.write(reinterpret_cast<const char*>(&weight), sizeof(weight));
+  return shape;
+}
+
+TEST(QuantizeJobInput, WeightsThatAPerTensorScaleCutsOffAreCountedAndNamed) {
+  struct Warnings final : Progress {
+    void warning(std::string_view line) override { lines.emplace_back(line); }
+    std::vector<std::string> lines;
+  };
+  for (const float weight : {448.0F, 448.5F}) {
+    for (const bool folded : {false, true}) {
+      const test::TempFolder folder;
+      const RandomModel shape = write_model_ending_in(weight, folder.path() / "model");
+      QuantizeOptions options = options_for(folded ? "paper" : "rtn", random_windows(2, 40, shape.vocab));
+      options.recipe.lambda3 = false;  // it would shrink the column
+      options.recipe.weights.row_scale = libquant::RowScale::tensor;
+      options.out = (folder.path() / "out").string();
+      Warnings progress;
+      const QuantizeResult result = quantize_model(*open_weights((folder.path() / "model").string()), options,
+                                                   formats::real_file_system(), progress);
+      const bool over = weight > 448;
+      EXPECT_EQ(result.saturated_groups, over ? 1U : 0U) << folded;
+      ASSERT_EQ(progress.lines.size(), over ? 1U : 0U) << folded;
+      if (over) {
+        EXPECT_THAT(progress.lines[0], testing::AllOf(testing::HasSubstr("layers.1.mlp.down_proj.weight"),
+                                                      testing::HasSubstr("1 group")));
+      }
+    }
+  }
+}
+
 TEST(QuantizeJobInput, AWeightThatIsNoNumberIsNamed) {
   for (const char* preset : {"rtn", "fast"}) {
     const test::TempFolder folder;
     const fs::path model = folder.path() / "model";
-    RandomModel shape = kLlama;
-    shape.dtype = "F32";
-    shape.mlp_bias = false;  // so that down_proj's weight is the file's end
-    write_random_model(model, shape);
-    std::fstream file(model / "model.safetensors", std::ios::in | std::ios::out | std::ios::binary);
-    file.seekp(-4, std::ios::end);
-    const float bad = std::numeric_limits<float>::quiet_NaN();
-    file.write(reinterpret_cast<const char*>(&bad), sizeof(bad));
-    file.close();
+    const RandomModel shape = write_model_ending_in(std::numeric_limits<float>::quiet_NaN(), model);
     const QuantizeOptions options = options_for(preset, random_windows(2, 40, shape.vocab));
     const std::string line =
         error_of(ErrorKind::input, [&] { quantize(model, folder.path() / "out", options); });

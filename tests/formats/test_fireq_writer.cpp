@@ -7,6 +7,7 @@
 
 #include <array>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -78,6 +79,7 @@ class FireqOutput : public ::testing::Test {
     }
     if (units < kUnits.size()) return;
     write_file_atomically(fs, writer.side_file("calibration.h5"), std::string_view("statistics"));
+    if (damage_before_publish) damage_before_publish();
     writer.publish(kUnits, config_json(), shard_size);
   }
   void run(Mode mode, bool force = false) {
@@ -102,6 +104,7 @@ class FireqOutput : public ::testing::Test {
   const TempFolder folder;
   const std::string source = folder / "source", out = folder / "out", partial = out + ".fireq-partial";
   std::size_t reused = 0;
+  std::function<void()> damage_before_publish;
 };
 
 TEST_F(FireqOutput, HoldsWhatItShould) {
@@ -312,7 +315,7 @@ TEST_F(FireqOutput, UnitsThatDoNotFitTheirRecordAreDoneAgain) {
   // A record without its first line is nothing to go on with.
   stdfs::remove_all(out);
   run(fs, Mode::fresh, false, kPrints, 2);
-  for (const char* text : {"", "{}", "garbage\n", "{\"fireq_resume\":2}\n"}) {
+  for (const char* text : {"", "{}", "garbage\n", "{\"fireq_resume\":1}\n"}) {
     test::write_bytes(record, text);
     const auto error = refused(Mode::resume);
     ASSERT_TRUE(error) << text;
@@ -321,6 +324,34 @@ TEST_F(FireqOutput, UnitsThatDoNotFitTheirRecordAreDoneAgain) {
   }
   run(Mode::restart);
   EXPECT_EQ(read_tree(out), whole);
+}
+
+// Staged files are not fsynced: a disk that loses their bytes under a living run must not get through.
+TEST_F(FireqOutput, AStagedFileThatChangedIsNotPublished) {
+  FaultInjectingFileSystem fs;
+  run(Mode::fresh);
+  const Tree whole = read_tree(out);
+  for (const std::size_t from_end : {1U, 22U, 45U}) {  // both tensors, 24 and 21 bytes
+    stdfs::remove_all(out);
+    damage_before_publish = [&] {
+      const std::string unit = partial + "/units/layer-0.safetensors";
+      std::string bytes = test::read_bytes(unit);
+      bytes[bytes.size() - from_end] ^= 1;
+      test::write_bytes(unit, bytes);
+    };
+    const auto error = refused(Mode::fresh);
+    damage_before_publish = nullptr;
+    ASSERT_TRUE(error);
+    EXPECT_EQ(error->kind(), ErrorKind::environment) << error->what();
+    EXPECT_EQ(error->path(), partial + "/units/layer-0.safetensors");
+    EXPECT_EQ(error->tensor(), from_end > 21 ? "layer-0.a" : "layer-0.z");
+    EXPECT_FALSE(stdfs::exists(out));
+    expect_partial_does_not_load();
+    reused = 0;
+    run(Mode::resume);
+    EXPECT_EQ(reused, 2U);  // the others
+    EXPECT_EQ(read_tree(out), whole);
+  }
 }
 
 TEST_F(FireqOutput, NothingOfTheUsersIsOverwritten) {

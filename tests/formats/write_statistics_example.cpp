@@ -1,6 +1,9 @@
 // Writes the statistics file that check_h5py.py reads: every value follows from its place by a formula that
-// the script knows too.
+// the script knows too. With a second argument: statistics of the shape of a 70B model instead, with random
+// content, for the test of large reports.
+#include <cmath>
 #include <cstdio>
+#include <random>
 
 #include "formats/file_system.hpp"
 #include "formats/statistics.hpp"
@@ -49,14 +52,46 @@ CalibrationStatistics example() {
   return all;
 }
 
+// Sites in their order; keys, values and the rest as wide as those of Llama-3-70B.
+CalibrationStatistics large_example() {
+  constexpr std::uint64_t kLargeLayers = 80, kHidden = 8192, kKv = 1024, kFfn = 28672, kCount = 4;
+  constexpr std::array<std::uint64_t, kSites> kChannels{kHidden, kHidden, kKv,     kKv,
+                                                        kKv,     kHidden, kHidden, kFfn};
+  CalibrationStatistics all;
+  all.meta = {"00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100", kCount, 1, 0, 8, 128};
+  all.layers.resize(kLargeLayers);
+  std::mt19937_64 random(70);
+  std::lognormal_distribution<double> spread(0, 1);
+  for (LayerStatistics& layer : all.layers) {
+    for (std::size_t i = 0; i < kSites; ++i) {
+      SiteStatistics& s = layer.sites[i];
+      s.count = kCount;
+      for (std::uint64_t c = 0; c < kChannels[i]; ++c) {
+        const double x = spread(random);
+        s.absmax.push_back(static_cast<float>(x));
+        s.abssum.push_back(x * 2);
+        s.sumsq.push_back(x * x * 2);
+        s.sum1.push_back(x / 2);
+        s.sum3.push_back(x);
+        s.sum4.push_back(x * x * x * x * 2);
+      }
+      s.histogram.assign(kHistogramBins, 0);
+      s.histogram[17] = kCount * kChannels[i];
+    }
+    for (std::uint64_t k = 0; k < kKv / 2; ++k)
+      layer.k_pair_radius.push_back(static_cast<float>(spread(random)));
+  }
+  return all;
+}
+
 }  // namespace
 }  // namespace fireq::formats
 
 int main(int count, char** arguments) {
-  if (count != 2) return 2;
+  if (count != 2 && count != 3) return 2;
   try {
     using namespace fireq::formats;
-    write_statistics(real_file_system(), arguments[1], example());
+    write_statistics(real_file_system(), arguments[1], count == 3 ? large_example() : example());
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

@@ -223,6 +223,15 @@ TEST(TensorScale, EdgesOfTheSearch) {
   two[0] = std::nextafter(448.0F / 32, 1000.0F);
   EXPECT_EQ(scale_of(two), 16.0F);
   EXPECT_EQ(scale_of({NAN, 1.0F}), 1.0F);
+  TensorScaleSearch wide(1), more(1);
+  std::vector<float> groups(3 * 128, 448.0F);
+  groups[5] = groups[6] = std::nextafter(448.0F, 1000.0F);
+  groups[256] = -1e30F;
+  wide.add_rows(groups, 1, groups.size());
+  more.add_rows(groups, 3, 128);
+  EXPECT_EQ(wide.saturated_groups(), 2U);
+  wide.merge(more);
+  EXPECT_EQ(wide.saturated_groups(), 4U);
   EXPECT_THROW(TensorScaleSearch(0.0F), Error);
   EXPECT_THROW(TensorScaleSearch(NAN), Error);
   TensorScaleSearch a(0.5F), b(0.25F);

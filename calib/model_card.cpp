@@ -1,0 +1,46 @@
+#include "calib/model_card.hpp"
+
+#include <nlohmann/json.hpp>
+
+namespace fireq::calib {
+namespace {
+
+std::string megabytes(std::uint64_t bytes) {
+  const std::uint64_t tenths = (bytes + 50'000) / 100'000;
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MB";
+}
+
+}  // namespace
+
+std::string model_card(const formats::ModelConfig& model, const QuantizePlan& plan, const Recipe& recipe,
+                       const formats::QuantizationConfig& q) {
+  std::string text = "---\nlibrary_name: fireq\ntags:\n- fireq\n- int4\n- fp8\n---\n\n# A " +
+                     model.model_type + " model with 4-bit weights\n\n" + std::to_string(model.layers) +
+                     " layers of " + std::to_string(model.hidden) + " channels. Made by `fireq` " +
+                     q.tool_version + ", preset `" + recipe.preset + "`.\n\n| | |\n|---|---|\n";
+  const auto row = [&](const std::string& what, const std::string& value) {
+    text.append("| ").append(what).append(" | ").append(value).append(" |\n");
+  };
+  row("tensors", megabytes(plan.bytes_after) + " (before: " + megabytes(plan.bytes_before) + ")");
+  row("weights of the decoder layers' linears",
+      std::string("4 bits in groups of ") + std::to_string(q.group_size) +
+          " with FP8 scales and a scale for each " + (q.row_scale_per_row ? "row" : "tensor") + ", " +
+          (q.levels_int4 ? "integer" : "other") + " levels");
+  row("activations", "FP8 (E4M3), a scale for each token");
+  row("KV cache", q.kv_cache ? "INT4" : "not calibrated for INT4");
+  row("layout of the codes", q.layout == formats::WeightLayout::row ? "row" : "sm90");
+  if (q.calibration_tokens > 0) row("calibrated on", std::to_string(q.calibration_tokens) + " tokens");
+  if (!q.source_fingerprint.empty())
+    row("fingerprint of the original's tensors", "`" + q.source_fingerprint + "`");
+  if (!q.calibration_fingerprint.empty())
+    row("fingerprint of the calibration tokens", "`" + q.calibration_fingerprint + "`");
+  text +=
+      "\n    fireq eval THIS_FOLDER --text test.txt --reference ORIGINAL\n"
+      "    fireq validate THIS_FOLDER --reference ORIGINAL\n"
+      "    fireq generate THIS_FOLDER -p \"Once upon a time\"\n\n"
+      "The licence of the original model holds for this one too.\n\n## Recipe\n\n```json\n";
+  text += nlohmann::json::parse(q.recipe_json).dump(2) + "\n```\n";
+  return text;
+}
+
+}  // namespace fireq::calib

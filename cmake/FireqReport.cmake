@@ -1,0 +1,18 @@
+# fireq_report_assets(): FIREQ_PLOTLY becomes the path of plotly.js, empty when it is not wanted or cannot be had.
+function(fireq_report_assets)
+  set(file ${CMAKE_SOURCE_DIR}/build/assets/plotly.min.js)
+  set(FIREQ_PLOTLY "" PARENT_SCOPE)
+  if(NOT FIREQ_WITH_REPORT)
+    return()
+  endif()
+  if(NOT EXISTS ${file})
+    message(STATUS "Fetching plotly.js")
+    execute_process(COMMAND ${CMAKE_SOURCE_DIR}/scripts/fetch-assets RESULT_VARIABLE failed OUTPUT_VARIABLE output
+                    ERROR_VARIABLE output)
+  endif()
+  if(EXISTS ${file})
+    set(FIREQ_PLOTLY ${file} PARENT_SCOPE)
+  else()
+    message(WARNING "No plotly.js: `fireq inspect --html` will not work (scripts/fetch-assets: ${output})")
+  endif()
+endfunction()
