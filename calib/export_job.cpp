@@ -373,6 +373,7 @@ ExportResult ExportJob::run() {
                      {reader_.fingerprint(options_.threads), "", choices});
   progress_.begin("export", config_.layers);
   std::vector<std::string> units{"rest"};
+  units.reserve(config_.layers + 1);
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     check_interrupt();
     stage_layer(writer, layer);

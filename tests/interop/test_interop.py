@@ -134,7 +134,7 @@ class CompressedTensors(Interop):
         original = fireq_json("eval", STORIES_15M, "--tokens", path, "--ctx", 256)["nll_per_token"]
         found = nll_per_token(loaded, ids, 256)
         print(f"nll {original:.4f}, packed {packed:.4f}, compressed-tensors {found:.4f}", end=" ")
-        self.assertLess(abs(found - packed), 0.02)
+        self.assertLess(abs(found - packed), 0.3 * (packed - original))
 
 
 class Transformers(Interop):
