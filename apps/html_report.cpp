@@ -37,6 +37,8 @@ FIREQ_EMBED(plotly, FIREQ_PLOTLY);
 namespace fireq::apps {
 namespace {
 
+#if FIREQ_REPORT
+
 // JSON inside <script>: "</" would end the element, "<!--" would change how it is read.
 std::string script_json(const nlohmann::json& value) {
   const std::string text = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
@@ -86,6 +88,8 @@ std::string filled(std::string_view page, const std::map<std::string_view, std::
   }
   return out.append(page.substr(at));
 }
+
+#endif
 
 // Three digits are more than a plot shows, and a third of the bytes. By way of their text, so that the number
 // is the one nearest to 0.0123 and is written like that.
