@@ -16,7 +16,7 @@ def commands(page, first):
 
 class Docs(TestCase):
     def shell(self, command, cwd):
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=cwd, env=environment({"PATH": f"{FIREQ.parent}:/usr/bin:/bin"}),
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=cwd, env=environment({"PATH": f"{FIREQ.resolve().parent}:/usr/bin:/bin"}),
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
         return done.returncode, done.stdout
 
