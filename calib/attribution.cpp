@@ -170,7 +170,7 @@ class Attributor {
     options.threads = options_.threads;
     options.reference = reference;
     Progress silent;  // many short runs: theirs would only flicker
-    const EvaluationResult result = evaluate(model, windows_, options, silent);
+    EvaluationResult result = evaluate(model, windows_, options, silent);
     progress_.advance(++done_);
     return result;
   }

@@ -334,6 +334,7 @@ void ExportJob::stage_layer(FireqWriter& writer, std::uint64_t layer) {
     return;
   }
   std::vector<StagedTensor> tensors;
+  tensors.reserve(4 * kLinears + 4);
   const auto names = formats::linear_names(layer);
   std::vector<std::string> others{"input_layernorm.weight", "post_attention_layernorm.weight"};
   if (config_.qk_norm) {

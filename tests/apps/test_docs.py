@@ -23,7 +23,7 @@ class Docs(TestCase):
     def test_the_first_ten_minutes(self):
         """In order, in a folder that looks like a clone after the quickstart."""
         (self.tmp / "build").mkdir()
-        (self.tmp / "build/data").symlink_to(DATA)
+        (self.tmp / "build/data").symlink_to(DATA.resolve())
         script = "\n".join(commands("docs/first-ten-minutes.md", ("export", "mkdir", "ln", "fireq")))
         self.assertGreater(script.count("fireq "), 10)
         if "without: HTML report" in self.shell("fireq --version", self.tmp)[1]:
