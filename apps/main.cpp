@@ -80,6 +80,9 @@ std::string version_text() {
   feature(FIREQ_WITH_HIGHWAY != 0, "vectorised loops");
   feature(fireq::apps::html_report_available(), "HTML report");
   feature(FIREQ_WITH_CUDA != 0, "CUDA kernels");
+#ifdef FIREQ_SANITIZE
+  feature(true, "sanitizers (" FIREQ_SANITIZE ")");
+#endif
   std::string text = fmt::format("fireq {}\nwith: {}", fireq::apps::tool_version(), fmt::join(with, ", "));
   if (!without.empty()) text += fmt::format("\nwithout: {}", fmt::join(without, ", "));
   return text;

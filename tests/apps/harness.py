@@ -63,6 +63,12 @@ def environment(extra=None):
     return env
 
 
+def sanitized():
+    """Whether the program was built with sanitizers, whose shadow and quarantine dwarf its own memory."""
+    done = subprocess.run(arguments(["--version"]), stdout=subprocess.PIPE, env=environment(), check=True)
+    return b"sanitizers" in done.stdout
+
+
 def fireq(*args, code=0, timeout=600, env=None, cwd=None, user=None):
     """Runs fireq without a terminal; the exit code must be `code` (None: any that docs/errors.md knows)."""
     command = arguments(args)
