@@ -492,7 +492,7 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
   }
   if (options.recipe.needs_text() && options.calibration) {
-    plan.calibration_bytes = TwoStreams::bytes(config, options.calibration->ids.size());
+    plan.calibration_bytes = TwoStreams::bytes(config, options.recipe, *options.calibration);
     // The layer as it is, its targets and its panels for both streams.
     plan.peak_memory = 2 * plan.largest_layer_fp32;
   }

@@ -158,6 +158,8 @@ const std::vector<Field>& fields() {
         number("curvature", "ridge", &Recipe::target_ridge, 1e-6, 10),
         flag("curvature", "residual", &Recipe::residual),
         flag("curvature", "token_weights", &Recipe::token_weights),
+        flag("curvature", "outputs", &Recipe::output_curvature),
+        number("curvature", "output_damping", &Recipe::output_damping, 1e-6, 1e3),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
         {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
          [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},
@@ -275,7 +277,7 @@ Recipe preset_for_fireq(const std::string& name) {
       r.weighted_search = true;
     }
     if (name == "best") {
-      r.curvature = true;
+      r.curvature = r.output_curvature = true;
       r.key_factors = KeyFactors::moments;
       r.key_n_exponent = r.key_s_exponent = 0.75;
       r.key_centre = true;
