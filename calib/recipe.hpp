@@ -27,6 +27,7 @@ struct Recipe {
   // Rounding a row's weights together, towards compensated targets (calib/two_streams.hpp). Needs text, a
   // scale per row, and rounds to products whatever weights.rounding says.
   bool curvature = false;
+  bool train_levels = false;         // each linear's own magnitudes, from weights.levels; needs curvature
   double curvature_damping = 0.01;   // share of the mean of H's diagonal
   std::uint64_t descent_passes = 3;  // coordinate descent over scales and codes
   bool compensate = true;            // targets W*; else the original weights

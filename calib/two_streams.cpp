@@ -12,6 +12,7 @@
 #include "libquant/activation_quantizer.hpp"
 #include "libquant/curvature_quantizer.hpp"
 #include "libquant/number_formats.hpp"
+#include "libquant/trained_levels.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -360,13 +361,19 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   check_interrupt();
   const auto quantize = [&](LinearIndex i) {
     const LinearWeights& w = work.weights.linear[i];
-    work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, recipe_.weights.levels, false);
     std::optional<libquant::CurvatureFactor> outputs;
     if (work.outputs) {
       outputs = libquant::factor_curvature((*work.outputs)[i], recipe_.output_damping, threads_);
       std::vector<float>().swap((*work.outputs)[i].square);
     }
     try {
+      libquant::Levels levels = recipe_.weights.levels;
+      if (recipe_.train_levels) {
+        std::vector<float> worth(outputs ? w.rows : 0);  // of each row
+        for (std::uint64_t r = 0; r < worth.size(); ++r) worth[r] = outputs->matrix[r * w.rows + r];
+        levels = libquant::train_levels(w.weight, w.rows, factor, worth, options, levels, {}, threads_);
+      }
+      work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, levels, false);
       const libquant::CurvatureError error = libquant::quantize_with_curvature(
           w.weight, factor, options, threads_, work.result[i], outputs ? &*outputs : nullptr);
       work.report->error[i] = error.reference > 0 ? std::sqrt(error.final / error.reference) : 0;
