@@ -242,8 +242,7 @@ class BlockQuantizer {
     const double wanted =
         std::clamp(now * numerator / denominator, static_cast<double>(options_.row_low) * first,
                    static_cast<double>(options_.row_high) * first);
-    float next = storable_row_scale(wanted);
-    if (pins_) next = std::max(next, kLeastRowScale);
+    const float next = std::max(storable_row_scale(wanted), kLeastRowScale);
     const double ratio = static_cast<double>(next) / now;
     // error(x) = const - 2 x numerator + x^2 denominator: rounding may have passed the best by too far.
     if (!((ratio - 1) * ((ratio + 1) * denominator - 2 * numerator) < 0) || !(next > 0)) return false;

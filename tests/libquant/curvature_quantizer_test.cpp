@@ -242,6 +242,22 @@ TEST(CurvatureQuantizer, RefusesWhatCannotBe) {
   EXPECT_THROW(quantize_with_curvature(p.w, p.curvature, {}, 1, small), Error);
 }
 
+TEST(CurvatureQuantizer, RowScalesStayAtOrOverTheLeast) {
+  std::mt19937_64 random(29);
+  Problem p = make_problem(40, 130, 60, random);
+  for (std::uint64_t i = 0; i < p.w.size(); ++i) {  // r would be under the least, about it, and over it
+    p.w[i] *= 0.05F + 0.005F * static_cast<float>(i / p.cols);
+  }
+  const float least = 0x1p-9F / 56.0F;
+  std::uint64_t at_least = 0;
+  const QuantizedLinear q = quantise(p, {}, Levels::normal());
+  for (const float r : q.row_scales) {
+    EXPECT_GE(r, least);
+    at_least += r == least ? 1U : 0U;
+  }
+  EXPECT_GT(at_least, 0U);
+}
+
 // Curvature of `rows` outputs from random gradients with strong correlations.
 CurvatureFactor output_curvature(std::uint64_t rows, std::uint64_t tokens, Matrix& g,
                                  std::mt19937_64& random) {
