@@ -29,7 +29,7 @@ calib::Recipe recipe_of(const Arguments& a) {
   }
   if (a.levels.empty()) return recipe;
   // --levels is a recipe key on the command line: a name, or a file with 8 magnitudes.
-  const bool named = a.levels == "int4" || a.levels == "normal";
+  const bool named = a.levels == "int4" || a.levels == "normal" || a.levels == "trained";
   nlohmann::json overlay = nlohmann::json::parse(calib::recipe_to_json(recipe));
   if (named) {
     overlay["weights"]["levels"] = a.levels;
@@ -191,7 +191,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
       ->type_name("FILE")
       ->excludes(preset);
   cmd->add_option("--levels", a->levels,
-                  "int4, normal, or a file with 8 increasing magnitudes; default: the recipe's");
+                  "int4, normal, trained, or a file with 8 increasing magnitudes; default: the recipe's");
   cmd->add_option("--for", a->target,
                   "fireq, or vllm: keep to what vLLM runs from an export (docs/export.md)")
       ->check(CLI::IsMember({"fireq", "vllm"}));

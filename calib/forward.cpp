@@ -39,16 +39,6 @@ std::string token_name(const Batch& batch, std::uint64_t row) {
          std::to_string(batch.start + row % batch.length);
 }
 
-// Rotates pairs (i, i + D/2) of one head.
-void rotate(float* x, const float* cosine, const float* sine, std::uint64_t half) {
-  for (std::uint64_t i = 0; i < half; ++i) {
-    const float a = x[i];
-    const float b = x[i + half];
-    x[i] = a * cosine[i] - b * sine[i];
-    x[i + half] = b * cosine[i] + a * sine[i];
-  }
-}
-
 // Runs every task; of several that fail, the first in order is reported, whatever the threads did.
 void for_each_task(std::size_t n, int threads, const std::function<void(std::size_t)>& body) {
   std::vector<std::exception_ptr> failures(n);
@@ -306,8 +296,7 @@ void LayerRunner::Impl::store_query(const Call& call, std::uint64_t row, float* 
     if (!call.weights.q_norm.empty()) {
       simd::kernels().rms_norm(x, call.weights.q_norm.data(), static_cast<float>(config.rms_eps), dim, x);
     }
-    rotate(x, call.rope.cosine.data() + position * call.rope.half,
-           call.rope.sine.data() + position * call.rope.half, call.rope.half);
+    call.rope.rotate(x, position, false);
     if (!smoothing.empty()) {
       for (std::uint64_t c = 0; c < dim; ++c) x[c] /= smoothing[h / group * dim + c];
     }
@@ -335,8 +324,7 @@ void LayerRunner::Impl::store_key_value(const Call& call, std::uint64_t row, flo
       simd::kernels().rms_norm(x, call.weights.k_norm.data(), static_cast<float>(config.rms_eps), dim, x);
     }
     call.recorder.put(Site::k_pre_rope, row, g * dim, x, dim);
-    rotate(x, call.rope.cosine.data() + position * call.rope.half,
-           call.rope.sine.data() + position * call.rope.half, call.rope.half);
+    call.rope.rotate(x, position, false);
     if (!shift.empty()) {
       for (std::uint64_t c = 0; c < dim; ++c) x[c] -= shift[g * dim + c];
     }

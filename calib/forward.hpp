@@ -43,6 +43,8 @@ class ActivationObserver {
 
 struct RopeTable {
   RopeTable(const formats::ModelConfig& config, std::uint64_t positions);
+  // Turns the pairs (i, i + D/2) of one head to its position, or back.
+  void rotate(float* x, std::uint64_t position, bool back) const;
   std::uint64_t half = 0;           // head_dim / 2
   std::vector<float> cosine, sine;  // [positions, half]
 };

@@ -21,6 +21,18 @@ RopeTable::RopeTable(const formats::ModelConfig& config, std::uint64_t positions
   }
 }
 
+void RopeTable::rotate(float* x, std::uint64_t position, bool back) const {
+  const float* c = cosine.data() + position * half;
+  const float* s = sine.data() + position * half;
+  for (std::uint64_t i = 0; i < half; ++i) {
+    const float a = x[i];
+    const float b = x[i + half];
+    const float turn = back ? -s[i] : s[i];
+    x[i] = a * c[i] - b * turn;
+    x[i + half] = b * c[i] + a * turn;
+  }
+}
+
 std::uint64_t LayerPanels::bytes() const noexcept {
   std::uint64_t sum = 0;
   for (const LinearPanels& l : linear) {

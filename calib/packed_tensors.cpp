@@ -18,6 +18,7 @@ constexpr const char* kTiles = ".weight_tiles";
 constexpr const char* kGroupScale = ".weight_group_scale";
 constexpr const char* kRowScale = ".weight_row_scale";
 constexpr const char* kShape = ".weight_shape";
+constexpr const char* kLevels = ".weight_levels";
 
 template <typename T>
 void read_into(const formats::SafetensorsFile& file, const std::string& name, std::vector<T>& out) {
@@ -45,7 +46,7 @@ formats::FireqWriter::Tensor owned_tensor(std::string name, Dtype dtype, std::ve
 
 std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name,
                                                          const libquant::QuantizedLinear& q,
-                                                         WeightLayout layout) {
+                                                         WeightLayout layout, bool own_levels) {
   std::vector<formats::FireqWriter::Tensor> list;
   const std::uint64_t kp = q.padded_cols();
   if (layout == WeightLayout::row) {
@@ -60,6 +61,10 @@ std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name
   list.push_back(owned_tensor(name + kRowScale, Dtype::f32, {q.row_scales.size()}, to_bytes(q.row_scales)));
   const std::vector<std::int64_t> shape{static_cast<std::int64_t>(q.rows), static_cast<std::int64_t>(q.cols)};
   list.push_back(owned_tensor(name + kShape, Dtype::i64, {2}, to_bytes(shape)));
+  if (own_levels) {
+    const std::vector<float> levels(q.levels.magnitude.begin(), q.levels.magnitude.end());
+    list.push_back(owned_tensor(name + kLevels, Dtype::f32, {levels.size()}, to_bytes(levels)));
+  }
   return list;
 }
 
@@ -74,6 +79,12 @@ void read_packed(const formats::SafetensorsFile& file, const std::string& name, 
     libquant::unpack_sm90(tiles, out);
   }
   read_into(file, name + kRowScale, out.row_scales);
+  const auto& tensors = file.header().tensors;
+  if (std::any_of(tensors.begin(), tensors.end(), [&](const auto& t) { return t.name == name + kLevels; })) {
+    std::vector<float> levels(out.levels.magnitude.size());
+    read_into(file, name + kLevels, levels);
+    std::copy(levels.begin(), levels.end(), out.levels.magnitude.begin());
+  }
   try {
     libquant::check_quantized_linear(out);
   } catch (Error& error) {

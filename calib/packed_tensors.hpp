@@ -19,13 +19,14 @@ std::vector<std::byte> to_bytes(const std::vector<T>& values) {
 formats::FireqWriter::Tensor owned_tensor(std::string name, Dtype dtype, std::vector<std::uint64_t> shape,
                                           std::vector<std::byte> bytes);
 
-// `name` is the module's, such as "model.layers.0.mlp.up_proj".
+// `name` is the module's, such as "model.layers.0.mlp.up_proj". own_levels: its magnitudes are stored with
+// it.
 std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name,
                                                          const libquant::QuantizedLinear& q,
-                                                         formats::WeightLayout layout);
+                                                         formats::WeightLayout layout, bool own_levels);
 
-// Fills `out` (allocated: shape, levels, number of second-level scales) from a file that holds those tensors.
-// Error(input) when one is missing, has another size or breaks a rule.
+// Fills `out` (allocated: shape, the folder's levels, number of second-level scales) from a file that holds
+// those tensors. Error(input) when one is missing, has another size or breaks a rule.
 void read_packed(const formats::SafetensorsFile& file, const std::string& name, formats::WeightLayout layout,
                  libquant::QuantizedLinear& out);
 

@@ -232,7 +232,7 @@ QuantizedLinear Job::quantize_linear(const std::string& name, std::size_t i, con
 std::vector<StagedTensor> Job::linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
                                               const LayerWeights* weights, const QuantizedLinear& q) {
   const std::string name = formats::linear_names(layer)[i];
-  std::vector<StagedTensor> list = packed_tensors(name, q, options_.layout);
+  std::vector<StagedTensor> list = packed_tensors(name, q, options_.layout, options_.recipe.train_levels);
   if (!formats::linear_has_bias(config_, i)) return list;
   const std::string bias = name + ".bias";
   if (!report.bias_changed[i] && reader_.contains(bias)) {
@@ -439,7 +439,8 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
       linear.bytes_after =
           (options.layout == WeightLayout::sm90 ? libquant::tile_bytes(rows, cols)
                                                 : rows * groups * (libquant::kGroupSize / 2 + 1)) +
-          (per_tensor ? 1 : rows) * sizeof(float) + 2 * sizeof(std::int64_t);
+          (per_tensor ? 1 : rows) * sizeof(float) + 2 * sizeof(std::int64_t) +
+          (options.recipe.train_levels ? 8 * sizeof(float) : 0);
       plan.bytes_after += linear.bytes_after;
       if (formats::linear_has_bias(config, i)) {
         // As stored, unless something is folded into it or it is cut from a fused one: then in FP32.
@@ -492,7 +493,7 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
   }
   if (options.recipe.needs_text() && options.calibration) {
-    plan.calibration_bytes = TwoStreams::bytes(config, options.calibration->ids.size());
+    plan.calibration_bytes = TwoStreams::bytes(config, options.recipe, *options.calibration);
     // The layer as it is, its targets and its panels for both streams.
     plan.peak_memory = 2 * plan.largest_layer_fp32;
   }

@@ -70,12 +70,14 @@ constexpr const char* kTargetKey = "for";
 constexpr Choices<KeyFactors, 2> kKeyFactors{
     {{"maxima", KeyFactors::maxima}, {"moments", KeyFactors::moments}}};
 
+constexpr const char* kTrained = "trained";
+
 Levels levels_from(const json& v) {
   if (v.is_string()) {
     if (v == "int4") return Levels::int4();
     if (v == "normal") return Levels::normal();
   }
-  if (!v.is_array() || v.size() != 8) refuse(R"("int4", "normal" or 8 increasing magnitudes)", v);
+  if (!v.is_array() || v.size() != 8) refuse(R"("int4", "normal", "trained" or 8 increasing magnitudes)", v);
   Levels levels;
   for (std::size_t i = 0; i < 8; ++i) levels.magnitude[i] = static_cast<float>(number_in(v[i], 0, 448));
   libquant::check_levels(levels);
@@ -119,8 +121,12 @@ Field count(std::string_view section, std::string_view key, std::uint64_t Recipe
 
 std::vector<Field> weight_fields() {
   return {
-      {"weights", "levels", [](Recipe& r, const json& v) { r.weights.levels = levels_from(v); },
-       [](const Recipe& r) { return levels_to(r.weights.levels); }},
+      {"weights", "levels",
+       [](Recipe& r, const json& v) {
+         r.train_levels = v == kTrained;
+         r.weights.levels = r.train_levels ? Levels::normal() : levels_from(v);
+       },
+       [](const Recipe& r) { return r.train_levels ? json(kTrained) : levels_to(r.weights.levels); }},
       {"weights", "row_scale", [](Recipe& r, const json& v) { r.weights.row_scale = choose(kRowScales, v); },
        [](const Recipe& r) { return json(name_of(kRowScales, r.weights.row_scale)); }},
       {"weights", "rounding", [](Recipe& r, const json& v) { r.weights.rounding = choose(kRoundings, v); },
@@ -158,6 +164,8 @@ const std::vector<Field>& fields() {
         number("curvature", "ridge", &Recipe::target_ridge, 1e-6, 10),
         flag("curvature", "residual", &Recipe::residual),
         flag("curvature", "token_weights", &Recipe::token_weights),
+        flag("curvature", "outputs", &Recipe::output_curvature),
+        number("curvature", "output_damping", &Recipe::output_damping, 1e-6, 1e3),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
         {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
          [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},
@@ -252,6 +260,7 @@ void set_target(Recipe& r, Target target) {
   r.weights.pin_top_scale = vllm;
   if (!vllm) return;
   r.weights.levels = Levels::int4();
+  r.train_levels = false;
   r.weights.row_scale = RowScale::row;
   r.key_n = r.key_s = r.key_centre = false;
   r.value_power_of_two = r.stream_kv = false;
@@ -275,7 +284,7 @@ Recipe preset_for_fireq(const std::string& name) {
       r.weighted_search = true;
     }
     if (name == "best") {
-      r.curvature = true;
+      r.curvature = r.output_curvature = true;
       r.key_factors = KeyFactors::moments;
       r.key_n_exponent = r.key_s_exponent = 0.75;
       r.key_centre = true;
@@ -308,7 +317,8 @@ void check_target(const Recipe& r) {
         .found(found)
         .hint("leave the key out, or quantise without --for vllm");
   };
-  require(r.weights.levels.is_int4(), "weights.levels", "\"int4\"", r.weights.levels.name());
+  require(r.weights.levels.is_int4(), "weights.levels", "\"int4\"",
+          r.train_levels ? kTrained : r.weights.levels.name());
   require(r.weights.row_scale == RowScale::row, "weights.row_scale", "\"row\"", "\"tensor\"");
   require(!r.key_s, "keys.s", "false: S needs a hook between RoPE and the cache", "true");
   require(!r.key_centre, "keys.centre", "false: the mean is taken off between RoPE and the cache", "true");
@@ -346,6 +356,11 @@ Recipe parse_recipe(const std::string& json_text, const std::string& path_for_er
       throw Error(ErrorKind::usage, "recipe key 'curvature.use' needs a scale per row")
           .expected("weights.row_scale \"row\"")
           .found("\"tensor\"");
+    }
+    if (recipe.train_levels && !recipe.curvature) {
+      throw Error(ErrorKind::usage, "recipe key 'weights.levels': only curvature can train levels")
+          .expected("curvature.use true, or other levels")
+          .found("\"trained\"");
     }
     return recipe;
   } catch (const json::exception& e) {

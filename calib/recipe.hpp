@@ -27,12 +27,15 @@ struct Recipe {
   // Rounding a row's weights together, towards compensated targets (calib/two_streams.hpp). Needs text, a
   // scale per row, and rounds to products whatever weights.rounding says.
   bool curvature = false;
+  bool train_levels = false;         // each linear's own magnitudes, from weights.levels; needs curvature
   double curvature_damping = 0.01;   // share of the mean of H's diagonal
   std::uint64_t descent_passes = 3;  // coordinate descent over scales and codes
   bool compensate = true;            // targets W*; else the original weights
   double target_ridge = 0.1;         // pulls W* to the original weights, share of the mean of H's diagonal
   bool residual = true;              // o and down make up what the residual stream lacks
   bool token_weights = false;        // for o and down a token counts by 1 / mean square of its hidden state
+  bool output_curvature = false;     // errors weighted by what outputs are worth to the model's predictions
+  double output_damping = 0.3;       // of that weight, share of its mean diagonal
   bool stream_kv = false;            // the quantised stream has the INT4 cache, FP8 queries and probabilities
   // Smoothing of weights.
   ValueScaling lambda1 = ValueScaling::off;

@@ -12,6 +12,7 @@
 #include "libquant/activation_quantizer.hpp"
 #include "libquant/curvature_quantizer.hpp"
 #include "libquant/number_formats.hpp"
+#include "libquant/trained_levels.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -63,6 +64,7 @@ struct TwoStreams::Layer {
   LayerPanels original, quantized;
   QuantizedLayer result;
   StreamReport* report = nullptr;  // null: a replay, `result` is given
+  std::optional<OutputSums> outputs;
 };
 
 TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads)
@@ -76,12 +78,16 @@ TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const
       original_(windows.ids.size() * source.config().hidden) {
   source.embed(windows.ids, original_);
   quantized_ = original_;
+  if (recipe.curvature && recipe.output_curvature) gradients_.emplace(source, windows, threads);
 }
 
-std::uint64_t TwoStreams::bytes(const formats::ModelConfig& config, std::uint64_t tokens) {
+std::uint64_t TwoStreams::bytes(const formats::ModelConfig& config, const Recipe& recipe,
+                                const Windows& windows) {
+  const std::uint64_t tokens = windows.ids.size();
   const std::uint64_t widest = std::max({config.hidden, config.q_rows(), config.ffn});
   // Sums (8), factor in FP64 (8), and the damped matrix with its factor (8) per element.
-  return tokens * (2 * config.hidden * sizeof(float) + widest) + 24 * widest * widest;
+  return tokens * (2 * config.hidden * sizeof(float) + widest) + 24 * widest * widest +
+         (recipe.output_curvature ? OutputGradients::bytes(config, windows) : 0);
 }
 
 std::vector<Batch> TwoStreams::batches() const {
@@ -94,13 +100,13 @@ std::vector<Batch> TwoStreams::batches() const {
 }
 
 QuantizedLayer TwoStreams::quantize(std::uint64_t layer, LayerWeights weights, StreamReport& report) {
-  Layer work{layer, std::move(weights), {}, {}, {}, &report};
+  Layer work{layer, std::move(weights), {}, {}, {}, &report, {}};
   run(work);
   return std::move(work.result);
 }
 
 void TwoStreams::replay(std::uint64_t layer, LayerWeights weights, const QuantizedLayer& quantized) {
-  Layer work{layer, std::move(weights), {}, {}, quantized, nullptr};
+  Layer work{layer, std::move(weights), {}, {}, quantized, nullptr, {}};
   run(work);
 }
 
@@ -120,6 +126,7 @@ void TwoStreams::run(Layer& work) {
     panels->k_post_rope_scale = work.weights.k_post_rope_scale;
     panels->k_post_rope_shift = work.weights.k_post_rope_shift;
   }
+  if (quantizing && gradients_) work.outputs = gradients_->sums(work.index, work.weights, original_);
   const auto sums_for = [&](std::uint64_t channels) {
     std::optional<Curvature> sums;
     if (quantizing) sums.emplace(channels);
@@ -351,17 +358,34 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   options.search_high = recipe_.weights.search_high;
   options.passes = static_cast<unsigned>(recipe_.descent_passes);
   options.pin_top_scale = recipe_.weights.pin_top_scale;
-  for (const LinearIndex i : which) {
-    check_interrupt();
+  check_interrupt();
+  const auto quantize = [&](LinearIndex i) {
     const LinearWeights& w = work.weights.linear[i];
-    work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, recipe_.weights.levels, false);
+    std::optional<libquant::CurvatureFactor> outputs;
+    if (work.outputs) {
+      outputs = libquant::factor_curvature((*work.outputs)[i], recipe_.output_damping, threads_);
+      std::vector<float>().swap((*work.outputs)[i].square);
+    }
     try {
-      const libquant::CurvatureError error =
-          libquant::quantize_with_curvature(w.weight, factor, options, threads_, work.result[i]);
+      libquant::Levels levels = recipe_.weights.levels;
+      if (recipe_.train_levels) {
+        std::vector<float> worth(outputs ? w.rows : 0);  // of each row
+        for (std::uint64_t r = 0; r < worth.size(); ++r) worth[r] = outputs->matrix[r * w.rows + r];
+        levels = libquant::train_levels(w.weight, w.rows, factor, worth, options, levels, {}, threads_);
+      }
+      work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, levels, false);
+      const libquant::CurvatureError error = libquant::quantize_with_curvature(
+          w.weight, factor, options, threads_, work.result[i], outputs ? &*outputs : nullptr);
       work.report->error[i] = error.reference > 0 ? std::sqrt(error.final / error.reference) : 0;
     } catch (Error& error) {
       throw error.tensor_if_unset(w.name + ".weight").path_if_unset(source_.reader().folder());
     }
+  };
+  // With output curvature a linear is mostly one long chain of steps: linears of one input side by side.
+  if (work.outputs) {
+    parallel_for(which.size(), threads_, [&](std::size_t i) { quantize(which[i]); });
+  } else {
+    std::for_each(which.begin(), which.end(), quantize);
   }
 }
 

@@ -10,11 +10,13 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "calib/dataset.hpp"
 #include "calib/forward.hpp"
+#include "calib/output_gradients.hpp"
 #include "calib/recipe.hpp"
 #include "calib/weights.hpp"
 #include "libquant/curvature.hpp"
@@ -41,7 +43,8 @@ class TwoStreams {
 
   // Resident bytes beside the weights: both streams, the quantised inputs of one linear, and for `quantize`
   // the curvature of the widest input with its factors.
-  static std::uint64_t bytes(const formats::ModelConfig& config, std::uint64_t tokens);
+  static std::uint64_t bytes(const formats::ModelConfig& config, const Recipe& recipe,
+                             const Windows& windows);
 
  private:
   struct Layer;  // one layer at work
@@ -79,6 +82,7 @@ class TwoStreams {
   LayerRunner original_runner_, quantized_runner_;
   std::vector<float> original_, quantized_;  // h_f and h_q [tokens, hidden]
   QuantizedInputs inputs_;                   // of o or down
+  std::optional<OutputGradients> gradients_;
   Pool<FloatBuffer> areas_;
 };
 

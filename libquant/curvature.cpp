@@ -138,10 +138,10 @@ void add_outer_products(const float* a, std::size_t lda, std::uint64_t na, const
   });
 }
 
-Curvature::Curvature(std::uint64_t input_channels)
-    : cols(input_channels),
-      square(checked_mul(input_channels, input_channels, "curvature"), 0.0F),
-      cross(square.size(), 0.0F) {}
+Curvature::Curvature(std::uint64_t channels, Cross cross_sums)
+    : cols(channels),
+      square(checked_mul(channels, channels, "curvature"), 0.0F),
+      cross(cross_sums == Cross::with ? square.size() : 0, 0.0F) {}
 
 void Curvature::add(const float* x_q, const float* x_f, std::size_t ld, std::uint64_t count, int threads) {
   add_outer_products(x_q, ld, cols, x_q, ld, cols, count, true, square, threads);
@@ -150,10 +150,11 @@ void Curvature::add(const float* x_q, const float* x_f, std::size_t ld, std::uin
 }
 
 void Curvature::merge(const Curvature& other) {
-  if (other.cols != cols) throw Error(ErrorKind::internal, "curvatures of different inputs");
+  if (other.cols != cols || other.cross.size() != cross.size())
+    throw Error(ErrorKind::internal, "curvatures of different inputs");
   for (std::size_t i = 0; i < square.size(); ++i) {
     square[i] += other.square[i];
-    cross[i] += other.cross[i];
+    if (!cross.empty()) cross[i] += other.cross[i];
   }
   tokens += other.tokens;
 }

@@ -26,12 +26,13 @@ void add_outer_products(const float* a, std::size_t lda, std::uint64_t na, const
 // Sums over calibration tokens for one input of a layer, in FP32. Mergeable: sums of parts are the sum of the
 // whole to FP32 rounding.
 struct Curvature {
-  explicit Curvature(std::uint64_t input_channels);
+  enum class Cross : bool { with, without };
+  explicit Curvature(std::uint64_t channels, Cross cross_sums = Cross::with);
 
   std::uint64_t cols;         // K
   std::uint64_t tokens = 0;   // n
   std::vector<float> square;  // [K, K] sum of x_q^T x_q; tiles under the diagonal are not kept
-  std::vector<float> cross;   // [K, K] sum of x_f^T x_q
+  std::vector<float> cross;   // [K, K] sum of x_f^T x_q, or empty
 
   // Rows of X_q and X_f, both of row stride ld.
   void add(const float* x_q, const float* x_f, std::size_t ld, std::uint64_t count, int threads);

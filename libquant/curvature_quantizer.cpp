@@ -1,484 +1,244 @@
 #include "libquant/curvature_quantizer.hpp"
 
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cmath>
-#include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "common/error.hpp"
 #include "common/parallel.hpp"
-#include "libquant/blas.hpp"
-#include "libquant/float_bits.hpp"
-#include "libquant/group_table.hpp"
-#include "libquant/number_formats.hpp"
-#include "libquant/row_kernels.hpp"
+#include "libquant/curvature_block.hpp"
 
 namespace fireq::libquant {
 namespace {
 
 using blas::Op;
+using curvature_block::add_scaled;
+using curvature_block::BlockQuantizer;
+using curvature_block::dot;
+using curvature_block::kRowBlock;
 
-constexpr std::uint8_t kTopScale = 0x7e;     // 448
-constexpr std::uint8_t kTopRowScale = 0x66;  // 56: no product saturates
-constexpr std::uint64_t kNoGroup = std::numeric_limits<std::uint64_t>::max();
-// Rows that share products with H. A fixed cut: it decides the order of sums.
-constexpr std::uint64_t kRowBlock = 64;
-
-// Scales of a group that are tried in full at its start.
-constexpr std::size_t kTrials = 3;
-
-using GroupValues = std::array<float, kGroupSize>;
-
-// Index and sign of the operand nearest to w, as a 4-bit code.
-std::uint8_t nearest_code(const GroupTable& table, float w) {
-  const auto bits = std::bit_cast<std::uint32_t>(w);
-  const std::uint32_t magnitude = bits & 0x7fffffffU;
-  unsigned index = 0;
-  for (std::size_t j = 0; j < 7; ++j) index += magnitude >= table.threshold[j] ? 1U : 0U;
-  const unsigned sign = magnitude >= table.threshold[7] ? bits >> 31U : 0U;
-  return static_cast<std::uint8_t>(index | sign << 3U);
+// Rows by themselves: the error is the sum over rows of (w - v) H (w - v)^T.
+CurvatureError quantize_block(BlockQuantizer& block, const float* w, std::uint64_t groups, std::uint64_t k,
+                              unsigned passes) {
+  std::vector<float> gradient(block.rows() * k);
+  block.begin(w, gradient.data());
+  for (std::uint64_t g = 0; g < groups; ++g) {
+    block.start_group(g);
+    for (std::uint64_t i = 0; i < block.rows(); ++i) block.round_row(g, i, w + i * k + g * kGroupSize);
+  }
+  CurvatureError report;
+  report.reference = block.start_descent();
+  report.greedy = block.energy();
+  std::vector<float> local(block.rows() * kGroupSize);
+  for (unsigned pass = 0; pass < passes; ++pass) {
+    for (std::uint64_t g = 0; g < groups; ++g) {
+      const BlockQuantizer::Columns c = block.columns(g);
+      for (std::uint64_t i = 0; i < block.rows(); ++i) {
+        std::copy_n(gradient.data() + i * k + c.begin, c.size, local.data() + i * kGroupSize);
+      }
+      block.start_improving();
+      block.improve_rows(g, 0, block.rows(), local.data());
+      block.finish_improving(g, 1);
+    }
+    for (std::uint64_t i = 0; i < block.rows(); ++i) block.refit_row(i, {});
+  }
+  report.final = passes == 0 ? report.greedy : block.energy();
+  block.store();
+  return report;
 }
 
-float value_of(const GroupTable& table, std::uint8_t code) {
-  const float magnitude = table.value[code & 7U];
-  return (code & 8U) != 0 ? -magnitude : magnitude;
-}
-
-double dot(const float* a, const float* b, std::size_t n) {
-  double sum = 0;
-  for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return sum;
-}
-
-// y += factor * x.
-void add_scaled(float factor, const float* x, float* y, std::size_t n) {
-  for (std::size_t i = 0; i < n; ++i) y[i] += factor * x[i];
-}
-
-// r near `wanted` with 56 r a bf16 number.
-float storable_row_scale(double wanted) {
-  return round_bf16(static_cast<float>(56.0 * wanted)) / 56.0F;
-}
-
-// One thread's work on one block of rows.
-class BlockQuantizer {
+// Rows together: the error is the trace of G (W - V) H (W - V)^T, G the curvature of the outputs. Blocks of
+// rows and groups of columns make a grid of cells. Rounding takes the cells of one anti-diagonal at a time:
+// each needs those above it and to its left alone. The descent takes cell after cell (of cells at a time each
+// would spoil what the others gain: where few directions own G and H the error then grows without bound);
+// threads share the matrix products.
+class RowsTogether {
  public:
-  BlockQuantizer(const CurvatureFactor& curvature, const CurvatureQuantizerOptions& options,
-                 QuantizedLinear& out, std::uint64_t begin, std::uint64_t count)
-      : curvature_(curvature),
-        options_(options),
-        out_(out),
+  RowsTogether(std::span<const float> w, const CurvatureFactor& curvature, const CurvatureFactor& outputs,
+               const CurvatureQuantizerOptions& options, int threads, QuantizedLinear& out)
+      : w_(w),
+        outputs_(outputs),
+        curvature_(curvature),
+        threads_(threads),
+        n_(out.rows),
         k_(out.cols),
         groups_(out.groups()),
-        begin_(begin),
-        count_(count),
-        row_scaled_(options.row_scale == RowScale::row),
-        pins_(row_scaled_ && options.pin_top_scale),
-        top_(row_scaled_ ? kTopRowScale : kTopScale),
-        error_(count * k_),
-        value_(count * k_),
-        code_(count * k_),
-        sigma_(count * groups_, 1),
-        first_scale_(count) {
-    tables_.reserve(count);
-    for (std::uint64_t i = 0; i < count; ++i)
-      tables_.emplace_back(out.levels, Rounding::product, Dtype::f32, true);
-    offsets_.push_back(0);  // nearest first, then the lower code: the first least error wins
-    for (int step = 1; step <= std::max(-options.search_low, options.search_high); ++step) {
-      if (-step >= options.search_low) offsets_.push_back(-step);
-      if (step <= options.search_high) offsets_.push_back(step);
+        shared_(n_ * k_) {
+    for (std::uint64_t begin = 0; begin < n_; begin += kRowBlock) {
+      blocks_.push_back(
+          std::make_unique<BlockQuantizer>(curvature, options, out, begin, std::min(kRowBlock, n_ - begin)));
     }
   }
 
-  CurvatureError run(std::span<const float> w) {
-    w_ = w.data();
-    pinned_.assign(count_, kNoGroup);
-    for (std::uint64_t i = 0; i < count_; ++i) set_first_scale(i);
-    for (std::uint64_t g = 0; g < groups_; ++g) round_group(g);
-
+  CurvatureError run(unsigned passes) {
+    each_block([&](std::size_t b) { block(b).begin(w_.data() + at(b), shared_.data() + at(b)); });
+    each_diagonal([&](std::size_t b, std::uint64_t g) { round(b, g); });
+    each_block([&](std::size_t b) { block(b).start_descent(); });
     CurvatureError report;
-    gradient_.resize(count_ * k_);
-    toward_.resize(count_ * k_);
-    multiply_by_curvature(w_, toward_);
-    multiply_by_curvature(error_.data(), gradient_);
-    report.reference = energy(w_, toward_);
-    report.greedy = energy(error_.data(), gradient_);
-    for (unsigned pass = 0; pass < options_.passes; ++pass) {
-      for (std::uint64_t g = 0; g < groups_; ++g) improve_group(g);
-      if (row_scaled_) {
-        for (std::uint64_t i = 0; i < count_; ++i) refit_row(i);
+    report.greedy = energy();
+    for (unsigned pass = 0; pass < passes; ++pass) {
+      for (std::size_t b = 0; b < blocks_.size(); ++b) {
+        for (std::uint64_t g = 0; g < groups_; ++g) improve(b, g);
+        refit(b);
       }
     }
-    report.final = options_.passes == 0 ? report.greedy : energy(error_.data(), gradient_);
-    store();
+    report.final = passes == 0 ? report.greedy : energy();
+    each_block([&](std::size_t b) { block(b).store(); });
+    report.reference = reference();
     return report;
   }
 
  private:
-  struct Columns {
-    std::uint64_t begin, size;
-  };
-  struct Trial {  // a group of a row, rounded in one way
-    std::uint8_t sigma = 0;
-    double error = 0;
-    std::array<std::uint8_t, kGroupSize> code{};
-  };
-  struct Candidate {  // what it could become
-    double change = 0;
-    std::uint8_t sigma = 0;  // 0: stay
-    std::array<std::uint8_t, kGroupSize> code{};
-  };
-  Columns columns(std::uint64_t group) const {
-    const std::uint64_t begin = group * kGroupSize;
-    return {begin, std::min(kGroupSize, k_ - begin)};
-  }
-  float& row_scale(std::uint64_t i) { return out_.row_scales[row_scaled_ ? begin_ + i : 0]; }
+  BlockQuantizer& block(std::size_t b) { return *blocks_[b]; }
+  std::uint64_t at(std::size_t b) const { return b * kRowBlock * k_; }
+  const float* output_row(std::uint64_t row) const { return outputs_.matrix.data() + row * n_; }
 
-  void set_first_scale(std::uint64_t i) {
-    const float* row = w_ + i * k_;
-    float largest = 0;
-    for (std::uint64_t k = 0; k < k_; ++k) {
-      if (!std::isfinite(row[k])) {
-        throw Error(ErrorKind::input, "a weight is not a finite number")
-            .expected("finite weights")
-            .found(std::string(std::isnan(row[k]) ? "NaN" : "infinity") + " at [" +
-                   std::to_string(begin_ + i) + ", " + std::to_string(k) + "]");
+  template <typename Body>
+  void each_block(const Body& body) {
+    parallel_for(blocks_.size(), threads_, body);
+  }
+  template <typename Body>
+  void each_diagonal(const Body& body) {
+    const std::uint64_t count = blocks_.size();
+    for (std::uint64_t d = 0; d < count + groups_ - 1; ++d) {
+      const std::uint64_t first = d < groups_ ? 0 : d - groups_ + 1;
+      const std::uint64_t last = std::min(d, count - 1);
+      parallel_for(last - first + 1, threads_, [&](std::size_t i) { body(first + i, d - first - i); });
+    }
+  }
+
+  // With G = U U^T the error is the sum over rows i of t_i H t_i^T, t_i = sum over m <= i of U_mi (w - v)_m:
+  // row i is rounded to what makes up for the rows before it. shared_ holds w - v of what is rounded.
+  void round(std::size_t b, std::uint64_t g) {
+    BlockQuantizer& work = block(b);
+    const BlockQuantizer::Columns c = work.columns(g);
+    const std::uint64_t begin = work.begin_row();
+    std::vector<float> shift(work.rows() * kGroupSize, 0.0F);
+    if (begin > 0) {
+      blas::gemm(Op::transpose, Op::none, work.rows(), c.size, begin, 1.0F,
+                 {outputs_.upper.data() + begin, n_}, {shared_.data() + c.begin, k_}, 0.0F,
+                 {shift.data(), kGroupSize});
+    }
+    work.start_group(g);
+    for (std::uint64_t i = 0; i < work.rows(); ++i) {
+      float* target = shift.data() + i * kGroupSize;
+      for (std::uint64_t m = 0; m < i; ++m) {
+        add_scaled(outputs_.upper[(begin + m) * n_ + begin + i], shared_.data() + at(b) + m * k_ + c.begin,
+                   target, c.size);
       }
-      largest = std::max(largest, std::fabs(row[k]));
+      const float own = outputs_.upper[(begin + i) * n_ + begin + i];
+      const float* w = w_.data() + at(b) + i * k_ + c.begin;
+      for (std::uint64_t j = 0; j < c.size; ++j) target[j] = w[j] + target[j] / own;
+      work.round_row(g, i, target);
+      float* error = shared_.data() + at(b) + i * k_ + c.begin;
+      for (std::uint64_t j = 0; j < c.size; ++j) error[j] = w[j] - work.value(i)[c.begin + j];
     }
-    if (row_scaled_) row_scale(i) = row_scale_for(largest, out_.levels.magnitude[7]);
-    tables_[i].set_row_scale(row_scale(i));
-    if (pins_) pin_top(i);
-    first_scale_[i] = row_scale(i);
-    tables_[i].set_row_scale(first_scale_[i]);
   }
 
-  // The group whose scale comes out largest when each is rounded by itself keeps 56, and r fits to it.
-  void pin_top(std::uint64_t i) {
-    std::uint8_t top = 0;
-    for (std::uint64_t g = 0; g < groups_; ++g) {
-      const Columns c = columns(g);
-      GroupValues magnitude{};
-      GroupValues weight{};
-      float largest = 0;
-      for (std::uint64_t j = 0; j < c.size; ++j) {
-        magnitude[j] = std::fabs(w_[i * k_ + c.begin + j]);
-        weight[j] = curvature_.matrix[(c.begin + j) * k_ + c.begin + j];
-        largest = std::max(largest, magnitude[j]);
-      }
-      if (largest == 0) continue;
-      const std::uint8_t sigma = search(i, magnitude, weight, largest)[0];
-      if (sigma <= top) continue;
-      top = sigma;
-      pinned_[i] = g;
-    }
-    if (top > 0) row_scale(i) = row_scale_with_top(decode_e4m3(top) * row_scale(i));
-    if (row_scale(i) <= kLeastRowScale) pinned_[i] = kNoGroup;
-  }
-
-  // --- 1. Greedy
-
-  void round_group(std::uint64_t g) {
-    const Columns c = columns(g);
-    // What the columns before this group put into its terms.
-    before_.assign(count_ * kGroupSize, 0.0F);
-    if (c.begin > 0) {
-      blas::gemm(Op::none, Op::none, count_, c.size, c.begin, 1.0F, {error_.data(), k_},
-                 {curvature_.upper.data() + c.begin, k_}, 0.0F, {before_.data(), kGroupSize});
-    }
-    GroupValues weight{};
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float u = upper(c.begin + j)[c.begin + j];
-      weight[j] = u * u;
-    }
-    for (std::uint64_t i = 0; i < count_; ++i) round_group_of_row(g, i, weight);
-  }
-
-  const float* upper(std::uint64_t row) const { return curvature_.upper.data() + row * k_; }
-
-  void round_group_of_row(std::uint64_t g, std::uint64_t i, const GroupValues& weight) {
-    const Columns c = columns(g);
-    const float* w = w_ + i * k_ + c.begin;
-    float* error = error_.data() + i * k_ + c.begin;
-    const float* before = before_.data() + i * kGroupSize;
-
-    // The real numbers that would cancel every term of the group: what its scale has to cover.
-    GroupValues term{};
-    GroupValues magnitude{};
-    std::copy_n(before, c.size, term.begin());
-    float largest = 0;
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float* u = upper(c.begin + j) + c.begin;
-      const float step = term[j] / u[j];
-      magnitude[j] = std::fabs(w[j] + step);
-      largest = std::max(largest, magnitude[j]);
-      add_scaled(-step, u + j + 1, term.data() + j + 1, c.size - j - 1);
-    }
-    Trial best;
-    if (pinned_[i] == g || largest == 0) {
-      best.sigma = pinned_[i] == g ? kTopRowScale : 1;
-      round_with(i, c, before, best);
-    } else {
-      for (const std::uint8_t sigma : search(i, magnitude, weight, largest)) {
-        if (sigma == 0) break;
-        Trial trial;
-        trial.sigma = sigma;
-        round_with(i, c, before, trial);
-        if (best.sigma == 0 || trial.error < best.error) best = trial;
+  // shared_ holds (w - v) H; area_ gets the cell's part of G (W - V) H.
+  void improve(std::size_t b, std::uint64_t g) {
+    BlockQuantizer& work = block(b);
+    const BlockQuantizer::Columns c = work.columns(g);
+    const std::uint64_t begin = work.begin_row();
+    area_.resize(std::max<std::size_t>(area_.size(), kRowBlock * kGroupSize));
+    constexpr std::uint64_t kRows = 16;
+    parallel_for((work.rows() + kRows - 1) / kRows, threads_, [&](std::size_t task) {
+      const std::uint64_t first = task * kRows;
+      blas::gemm(Op::none, Op::none, std::min(kRows, work.rows() - first), c.size, n_, 1.0F,
+                 {output_row(begin + first), n_}, {shared_.data() + c.begin, k_}, 0.0F,
+                 {area_.data() + first * kGroupSize, kGroupSize});
+    });
+    std::vector<float> gradient(kGroupSize);
+    std::vector<float> effect(kGroupSize);
+    work.start_improving();
+    for (std::uint64_t i = 0; i < work.rows(); ++i) {
+      const float* row = output_row(begin + i) + begin;
+      for (std::uint64_t j = 0; j < c.size; ++j) gradient[j] = area_[i * kGroupSize + j] / row[i];
+      work.improve_rows(g, i, i + 1, gradient.data());
+      if (i + 1 == work.rows()) break;
+      blas::gemm(Op::none, Op::none, 1, c.size, c.size, 1.0F, {work.change(i), kGroupSize},
+                 {curvature_.matrix.data() + c.begin * k_ + c.begin, k_}, 0.0F, {effect.data(), kGroupSize});
+      for (std::uint64_t m = i + 1; m < work.rows(); ++m) {
+        add_scaled(-row[m], effect.data(), area_.data() + m * kGroupSize, c.size);
       }
     }
-    sigma_[i * groups_ + g] = best.sigma;
-    const GroupTable& table = tables_[i].get(best.sigma);
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      code_[i * k_ + c.begin + j] = best.code[j];
-      value_[i * k_ + c.begin + j] = value_of(table, best.code[j]);
-      error[j] = w[j] - value_of(table, best.code[j]);
+    work.finish_improving(g, threads_);
+  }
+
+  // Row scales one after another, each given all others.
+  void refit(std::size_t b) {
+    BlockQuantizer& work = block(b);
+    const std::uint64_t begin = work.begin_row();
+    std::vector<float>& whole = area_;
+    products(b, shared_.data(), whole);
+    std::vector<float> lean(k_);
+    std::vector<float> before(k_);
+    for (std::uint64_t i = 0; i < work.rows(); ++i) {
+      const float* row = output_row(begin + i) + begin;
+      const float* gradient = shared_.data() + at(b) + i * k_;
+      std::copy_n(gradient, k_, before.data());
+      for (std::uint64_t k = 0; k < k_; ++k) lean[k] = whole[i * k_ + k] / row[i] - gradient[k];
+      if (!work.refit_row(i, lean)) continue;
+      for (std::uint64_t k = 0; k < k_; ++k) before[k] = gradient[k] - before[k];
+      for (std::uint64_t m = i + 1; m < work.rows(); ++m) {
+        add_scaled(row[m], before.data(), whole.data() + m * k_, k_);
+      }
     }
   }
 
-  // Rounds one group with trial.sigma, column by column; the error is the sum of its terms' squares.
-  void round_with(std::uint64_t i, const Columns& c, const float* before, Trial& trial) {
-    const float* w = w_ + i * k_ + c.begin;
-    const GroupTable& table = tables_[i].get(trial.sigma);
-    GroupValues term{};
-    std::copy_n(before, c.size, term.begin());
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float* u = upper(c.begin + j) + c.begin;
-      trial.code[j] = nearest_code(table, w[j] + term[j] / u[j]);
-      const float error = w[j] - value_of(table, trial.code[j]);
-      const auto left = static_cast<double>(term[j] + error * u[j]);
-      trial.error += left * left;
-      add_scaled(error, u + j + 1, term.data() + j + 1, c.size - j - 1);
-    }
+  // out [rows, K] = the block's rows of G times a [N, K].
+  void products(std::size_t b, const float* a, std::vector<float>& out) {
+    const BlockQuantizer& work = block(b);
+    out.resize(std::max<std::size_t>(out.size(), work.rows() * k_));
+    parallel_for(groups_, threads_, [&](std::size_t g) {
+      const BlockQuantizer::Columns c = work.columns(g);
+      blas::gemm(Op::none, Op::none, work.rows(), c.size, n_, 1.0F, {output_row(work.begin_row()), n_},
+                 {a + c.begin, k_}, 0.0F, {out.data() + c.begin, k_});
+    });
   }
 
-  // The scales that promise least, best first, 0 after the last: the weighted squared errors of rounding each
-  // weight by itself leave out what rounding one does to the next.
-  std::array<std::uint8_t, kTrials> search(std::uint64_t i, const GroupValues& magnitude,
-                                           const GroupValues& weight, float largest) {
-    const double unit = static_cast<double>(row_scale(i)) * static_cast<double>(out_.levels.magnitude[7]);
-    const std::uint8_t base = group_scale_code(static_cast<double>(largest), unit, 1.0 / unit, top_);
-    std::array<const GroupTable*, 256> candidates{};
-    std::array<std::uint8_t, 256> codes{};
-    std::array<float, 256> errors{};
-    std::size_t n = 0;
-    for (const int offset : offsets_) {
-      const int code = static_cast<int>(base) + offset;
-      if (code < 1 || code > static_cast<int>(top_)) continue;
-      codes[n] = static_cast<std::uint8_t>(code);
-      candidates[n++] = &tables_[i].get(static_cast<std::uint8_t>(code));
-    }
-    kernels().search_errors(magnitude.data(), weight.data(), candidates.data(), n, errors.data());
-    std::array<std::uint8_t, kTrials> best{};
-    for (std::uint8_t& sigma : best) {
-      auto* const least = std::min_element(errors.begin(), errors.begin() + static_cast<std::ptrdiff_t>(n));
-      if (!std::isfinite(*least)) break;
-      sigma = codes[static_cast<std::size_t>(least - errors.begin())];
-      *least = std::numeric_limits<float>::infinity();
-    }
-    if (best[0] == 0) best[0] = base;
-    return best;
-  }
-
-  // --- 2. Coordinate descent. gradient_ = (w - v) H throughout.
-
-  void multiply_by_curvature(const float* rows, std::vector<float>& out) const {
-    blas::gemm(Op::none, Op::none, count_, k_, k_, 1.0F, {rows, k_}, {curvature_.matrix.data(), k_}, 0.0F,
-               {out.data(), k_});
-  }
-
-  double energy(const float* rows, const std::vector<float>& product) const {
+  double energy() {
     double sum = 0;
-    for (std::uint64_t i = 0; i < count_; ++i) sum += dot(rows + i * k_, product.data() + i * k_, k_);
+    std::vector<float> whole;
+    for (std::size_t b = 0; b < blocks_.size(); ++b) {
+      products(b, shared_.data(), whole);
+      sum += dot(block(b).errors(), whole.data(), block(b).rows() * k_);
+    }
+    return sum;
+  }
+  // Of the weights themselves; the last step, shared_ is lost.
+  double reference() {
+    each_block([&](std::size_t b) {
+      std::copy_n(block(b).toward(0), block(b).rows() * k_, shared_.data() + at(b));
+    });
+    double sum = 0;
+    std::vector<float> whole;
+    for (std::size_t b = 0; b < blocks_.size(); ++b) {
+      products(b, shared_.data(), whole);
+      sum += dot(w_.data() + at(b), whole.data(), block(b).rows() * k_);
+    }
     return sum;
   }
 
-  void improve_group(std::uint64_t g) {
-    const Columns c = columns(g);
-    change_.assign(count_ * kGroupSize, 0.0F);
-    local_.resize(count_ * kGroupSize);
-    for (std::uint64_t i = 0; i < count_; ++i) {
-      std::copy_n(gradient_.data() + i * k_ + c.begin, c.size, local_.data() + i * kGroupSize);
-    }
-    best_.assign(count_, {});
-    try_scale(g, 0);
-    for (int step = 1; step <= options_.scale_step; ++step) {
-      try_scale(g, -step);
-      try_scale(g, step);
-    }
-    for (std::uint64_t i = 0; i < count_; ++i) take_best(g, i);
-    for (std::uint64_t i = 0; i < count_; ++i) {
-      for (std::uint64_t j = 0; j < c.size; ++j) {
-        error_[i * k_ + c.begin + j] = w_[i * k_ + c.begin + j] - value_[i * k_ + c.begin + j];
-      }
-    }
-    blas::gemm(Op::none, Op::none, count_, k_, c.size, -1.0F, {change_.data(), kGroupSize},
-               {curvature_.matrix.data() + c.begin * k_, k_}, 1.0F, {gradient_.data(), k_});
-  }
-
-  // The group's scale moved by `offset`, then each code in turn: the error changes by -2 d g + d H d^T, d the
-  // change of values.
-  void try_scale(std::uint64_t g, int offset) {
-    const Columns c = columns(g);
-    step_.resize(count_ * kGroupSize);
-    product_.assign(count_ * kGroupSize, 0.0F);
-    for (std::uint64_t i = 0; i < count_; ++i) scale_change(g, i, offset);
-    if (offset != 0) {
-      blas::gemm(Op::none, Op::none, count_, c.size, c.size, 1.0F, {step_.data(), kGroupSize},
-                 {curvature_.matrix.data() + c.begin * k_ + c.begin, k_}, 0.0F,
-                 {product_.data(), kGroupSize});
-    }
-    for (std::uint64_t i = 0; i < count_; ++i) {
-      const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
-      if (!allowed(g, i, sigma)) continue;
-      Candidate candidate;
-      candidate.sigma = static_cast<std::uint8_t>(sigma);
-      const float* step = step_.data() + i * kGroupSize;
-      const float* product = product_.data() + i * kGroupSize;
-      const float* local = local_.data() + i * kGroupSize;
-      candidate.change = dot(step, product, c.size) - 2 * dot(step, local, c.size);
-      GroupValues gradient{};
-      for (std::uint64_t j = 0; j < c.size; ++j) gradient[j] = local[j] - product[j];
-      descend_codes(g, i, gradient, candidate);
-      if (candidate.change < best_[i].change) best_[i] = candidate;
-    }
-  }
-
-  // One sweep over the codes of a group, under the candidate's scale. gradient is that of its start.
-  void descend_codes(std::uint64_t g, std::uint64_t i, GroupValues& gradient, Candidate& candidate) {
-    const Columns c = columns(g);
-    const GroupTable& table = tables_[i].get(candidate.sigma);
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const float* h = curvature_.matrix.data() + (c.begin + j) * k_ + c.begin;
-      candidate.code[j] = code_[i * k_ + c.begin + j];
-      const float value = value_of(table, candidate.code[j]);
-      const std::uint8_t code = nearest_code(table, value + gradient[j] / h[j]);
-      const float step = value_of(table, code) - value;
-      if (step == 0.0F) continue;
-      candidate.code[j] = code;
-      candidate.change += static_cast<double>(step) * (static_cast<double>(step) * static_cast<double>(h[j]) -
-                                                       2 * static_cast<double>(gradient[j]));
-      add_scaled(-step, h, gradient.data(), c.size);
-    }
-  }
-
-  void take_best(std::uint64_t g, std::uint64_t i) {
-    const Candidate& best = best_[i];
-    if (best.sigma == 0) return;
-    const Columns c = columns(g);
-    sigma_[i * groups_ + g] = best.sigma;
-    const GroupTable& table = tables_[i].get(best.sigma);
-    for (std::uint64_t j = 0; j < c.size; ++j) {
-      const std::uint64_t at = i * k_ + c.begin + j;
-      const float value = value_of(table, best.code[j]);
-      change_[i * kGroupSize + j] = value - value_[at];
-      code_[at] = best.code[j];
-      value_[at] = value;
-    }
-  }
-
-  bool allowed(std::uint64_t g, std::uint64_t i, int sigma) const {
-    if (pinned_[i] == g) return sigma == static_cast<int>(kTopRowScale);
-    return sigma >= 1 && sigma <= static_cast<int>(top_);
-  }
-
-  // step_ of row i: values with sigma moved by `offset` less values now; zero where that sigma cannot be.
-  void scale_change(std::uint64_t g, std::uint64_t i, int offset) {
-    const Columns c = columns(g);
-    float* step = step_.data() + i * kGroupSize;
-    const int sigma = static_cast<int>(sigma_[i * groups_ + g]) + offset;
-    if (!allowed(g, i, sigma)) {
-      std::fill_n(step, c.size, 0.0F);
-      return;
-    }
-    const GroupTable& table = tables_[i].get(static_cast<std::uint8_t>(sigma));
-    const std::uint64_t first = i * k_ + c.begin;
-    for (std::uint64_t j = 0; j < c.size; ++j)
-      step[j] = value_of(table, code_[first + j]) - value_[first + j];
-  }
-
-  // The multiple of v that is nearest to w under H; (v H) = (w H) - gradient.
-  void refit_row(std::uint64_t i) {
-    float* v = value_.data() + i * k_;
-    float* gradient = gradient_.data() + i * k_;
-    const float* toward = toward_.data() + i * k_;
-    double numerator = 0;
-    double denominator = 0;
-    for (std::uint64_t k = 0; k < k_; ++k) {
-      const double value = v[k];
-      numerator += value * static_cast<double>(toward[k]);
-      denominator += value * (static_cast<double>(toward[k]) - static_cast<double>(gradient[k]));
-    }
-    if (!(denominator > 0) || !(numerator > 0)) return;
-    if (pins_ && pinned_[i] == kNoGroup) return;
-    const double now = row_scale(i);
-    const double first = first_scale_[i];
-    const double wanted =
-        std::clamp(now * numerator / denominator, static_cast<double>(options_.row_low) * first,
-                   static_cast<double>(options_.row_high) * first);
-    float next = storable_row_scale(wanted);
-    if (pins_) next = std::max(next, kLeastRowScale);
-    const double ratio = static_cast<double>(next) / now;
-    // error(x) = const - 2 x numerator + x^2 denominator: rounding may have passed the best by too far.
-    if (!((ratio - 1) * ((ratio + 1) * denominator - 2 * numerator) < 0) || !(next > 0)) return;
-    row_scale(i) = next;
-    tables_[i].set_row_scale(next);
-    const auto factor = static_cast<float>(ratio);
-    for (std::uint64_t g = 0; g < groups_; ++g) {
-      const Columns c = columns(g);
-      const GroupTable& table = tables_[i].get(sigma_[i * groups_ + g]);
-      for (std::uint64_t k = c.begin; k < c.begin + c.size; ++k) {
-        gradient[k] = toward[k] - factor * (toward[k] - gradient[k]);
-        v[k] = value_of(table, code_[i * k_ + k]);
-        error_[i * k_ + k] = w_[i * k_ + k] - v[k];
-      }
-    }
-  }
-
-  void store() {
-    const std::uint64_t row_bytes = out_.padded_cols() / 2;
-    for (std::uint64_t i = 0; i < count_; ++i) {
-      std::copy_n(sigma_.begin() + static_cast<std::ptrdiff_t>(i * groups_), groups_,
-                  out_.group_scales.begin() + static_cast<std::ptrdiff_t>((begin_ + i) * groups_));
-      std::uint8_t* codes = out_.codes.data() + (begin_ + i) * row_bytes;
-      std::fill_n(codes, row_bytes, std::uint8_t{0});
-      for (std::uint64_t k = 0; k < k_; ++k) {
-        const std::uint8_t code = code_[i * k_ + k];
-        codes[k / 2] = static_cast<std::uint8_t>(codes[k / 2] | (k % 2 == 0 ? code : code << 4U));
-      }
-    }
-  }
-
+  const std::span<const float> w_;
+  const CurvatureFactor& outputs_;
   const CurvatureFactor& curvature_;
-  const CurvatureQuantizerOptions& options_;
-  QuantizedLinear& out_;
-  const std::uint64_t k_, groups_, begin_, count_;
-  const bool row_scaled_;
-  const bool pins_;
-  const std::uint8_t top_;
-  const float* w_ = nullptr;                // [count, K]
-  std::vector<float> error_, value_;        // [count, K] w - v and v
-  std::vector<std::uint8_t> code_, sigma_;  // [count, K], [count, groups]
-  std::vector<float> first_scale_;          // [count]
-  std::vector<std::uint64_t> pinned_;       // [count] the group whose scale stays 56, or kNoGroup
-  std::vector<GroupTables> tables_;         // [count]
-  std::vector<int> offsets_;
-  std::vector<float> gradient_, toward_;  // [count, K] (w - v) H and w H
-  // [count, 128], of the group at work.
-  std::vector<float> before_, change_, local_, step_, product_;
-  std::vector<Candidate> best_;
+  const int threads_;
+  const std::uint64_t n_, k_, groups_;
+  std::vector<std::unique_ptr<BlockQuantizer>> blocks_;
+  std::vector<float> shared_;  // [N, K], of all blocks: w - v, then (w - v) H
+  std::vector<float> area_;    // of the cell or block at work
 };
 
 }  // namespace
 
 CurvatureError quantize_with_curvature(std::span<const float> w, const CurvatureFactor& curvature,
                                        const CurvatureQuantizerOptions& options, int threads,
-                                       QuantizedLinear& out) {
+                                       QuantizedLinear& out, const CurvatureFactor* outputs) {
   check_levels(out.levels);
   if (w.size() != out.rows * out.cols || curvature.cols != out.cols ||
+      (outputs != nullptr && outputs->cols != out.rows) ||
       out.row_scales.size() != (options.row_scale == RowScale::row ? out.rows : 1)) {
     throw Error(ErrorKind::internal, "weights of another size than their curvature");
   }
@@ -488,13 +248,15 @@ CurvatureError quantize_with_curvature(std::span<const float> w, const Curvature
         .expected("-126 <= low <= 0 <= high <= 126")
         .found(std::to_string(options.search_low) + " .. " + std::to_string(options.search_high));
   }
+  if (outputs != nullptr) {
+    return RowsTogether(w, curvature, *outputs, options, threads, out).run(options.passes);
+  }
   const std::uint64_t blocks = (out.rows + kRowBlock - 1) / kRowBlock;
   std::vector<CurvatureError> errors(blocks);
-  parallel_for(blocks, threads, [&](std::size_t block) {
-    const std::uint64_t begin = block * kRowBlock;
-    const std::uint64_t count = std::min(kRowBlock, out.rows - begin);
-    errors[block] = BlockQuantizer(curvature, options, out, begin, count)
-                        .run(w.subspan(begin * out.cols, count * out.cols));
+  parallel_for(blocks, threads, [&](std::size_t b) {
+    const std::uint64_t begin = b * kRowBlock;
+    BlockQuantizer block(curvature, options, out, begin, std::min(kRowBlock, out.rows - begin));
+    errors[b] = quantize_block(block, w.data() + begin * out.cols, out.groups(), out.cols, options.passes);
   });
   CurvatureError total;
   for (const CurvatureError& e : errors) {

@@ -44,8 +44,13 @@ struct CurvatureError {
 // Quantises all rows of w [out.rows, K] into `out` (allocated; its levels are used). Products never exceed
 // the format's limits (sigma <= 56 with row scales). The same bytes for any thread count. Throws as
 // quantize_rows does for a non-finite weight.
+//
+// outputs: null, or the curvature G [N, N] of whatever the outputs y = W x serve (a mean of g g^T, g its
+// gradient for y), factored as the inputs' is. The error is then the trace of G (w - v) H (w - v)^T and rows
+// are rounded together too: row after row makes up for the rows before it, in the way that columns do, and
+// the passes use the whole of it. Needs 20 N K bytes and 16 KB a row.
 CurvatureError quantize_with_curvature(std::span<const float> w, const CurvatureFactor& curvature,
                                        const CurvatureQuantizerOptions& options, int threads,
-                                       QuantizedLinear& out);
+                                       QuantizedLinear& out, const CurvatureFactor* outputs = nullptr);
 
 }  // namespace fireq::libquant

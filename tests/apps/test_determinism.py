@@ -31,6 +31,10 @@ class Threads(TestCase):
     def test_best(self):
         self.check(STORIES_260K, "--preset", "best", *CALIBRATE_260K)
 
+    def test_trained_levels(self):
+        folder = self.check(STORIES_260K, "--preset", "best", "--levels", "trained", *CALIBRATE_260K)
+        fireq("validate", folder, "--quiet")
+
     def test_best_with_awkward_sizes(self):
         self.check(STORIES_15M, "--preset", "best", "--text", TINY, "--max-chars", 8000, "--samples", 3, "--length", 131)
 

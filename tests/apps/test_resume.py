@@ -74,6 +74,10 @@ class Killed(TestCase):
                     for seed in (21, 22))
         self.assertGreater(kills, 1, "the kills came too late to test anything")
 
+    def test_kill_a_run_that_trains_levels(self):
+        kills = self.kill_and_resume(31, STORIES_260K, "--levels", "trained", "--preset", "best", *CALIBRATE_260K)
+        self.assertGreater(kills, 0, "the kills came too late to test anything")
+
     def test_resume_after_every_layer(self):
         """The partial folder as it was after each unit, resumed."""
         args = (STORIES_260K, "--preset", "paper", "--threads", 1, *CALIBRATE_260K)

@@ -52,7 +52,7 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
 
   const Recipe best = preset_recipe("best");
   EXPECT_TRUE(best.needs_text());
-  EXPECT_TRUE(best.curvature && best.compensate && best.residual);
+  EXPECT_TRUE(best.curvature && best.compensate && best.residual && best.output_curvature);
   EXPECT_EQ(best.weights.levels, libquant::Levels::normal());
   EXPECT_EQ(best.descent_passes, 3U);
   EXPECT_EQ(best.key_factors, KeyFactors::moments);
@@ -92,9 +92,21 @@ TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
   EXPECT_EQ(parse_recipe(R"({"for": "fireq"})", "r.json", Target::vllm).target, Target::fireq);
 }
 
+TEST(Recipe, TrainedLevelsNeedCurvature) {
+  const Recipe r = parse_recipe(R"({"preset": "best", "weights": {"levels": "trained"}})", "r.json");
+  EXPECT_TRUE(r.train_levels);
+  EXPECT_EQ(r.weights.levels, libquant::Levels::normal());  // where they start
+  EXPECT_EQ(json::parse(recipe_to_json(r)).at("weights").at("levels"), "trained");
+  EXPECT_TRUE(parse_recipe(recipe_to_json(r), "r.json").train_levels);
+  EXPECT_THAT(
+      usage_error([] { parse_recipe(R"({"preset": "fast", "weights": {"levels": "trained"}})", "r.json"); }),
+      HasSubstr("weights.levels"));
+}
+
 TEST(Recipe, RefusesWhatVllmCannotRun) {
   for (const auto& [text, key] :
        {std::pair{R"({"weights": {"levels": "normal"}})", "weights.levels"},
+        std::pair{R"({"preset": "best", "weights": {"levels": "trained"}})", "weights.levels"},
         std::pair{R"({"weights": {"row_scale": "tensor"}})", "weights.row_scale"},
         std::pair{R"({"keys": {"s": true}})", "keys.s"}, std::pair{R"({"kv_cache": true})", "kv_cache"},
         std::pair{R"({"curvature": {"kv_stream": true}})", "curvature.kv_stream"}}) {

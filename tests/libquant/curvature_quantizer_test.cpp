@@ -242,5 +242,139 @@ TEST(CurvatureQuantizer, RefusesWhatCannotBe) {
   EXPECT_THROW(quantize_with_curvature(p.w, p.curvature, {}, 1, small), Error);
 }
 
+TEST(CurvatureQuantizer, RowScalesStayAtOrOverTheLeast) {
+  std::mt19937_64 random(29);
+  Problem p = make_problem(40, 130, 60, random);
+  for (std::uint64_t i = 0; i < p.w.size(); ++i) {  // r would be under the least, about it, and over it
+    p.w[i] *= 0.05F + 0.005F * static_cast<float>(i / p.cols);
+  }
+  const float least = 0x1p-9F / 56.0F;
+  std::uint64_t at_least = 0;
+  const QuantizedLinear q = quantise(p, {}, Levels::normal());
+  for (const float r : q.row_scales) {
+    EXPECT_GE(r, least);
+    at_least += r == least ? 1U : 0U;
+  }
+  EXPECT_GT(at_least, 0U);
+}
+
+// Curvature of `rows` outputs from random gradients with strong correlations.
+CurvatureFactor output_curvature(std::uint64_t rows, std::uint64_t tokens, Matrix& g,
+                                 std::mt19937_64& random) {
+  const Inputs in = correlated_inputs(tokens, rows, random);
+  Curvature sums(rows, Curvature::Cross::without);
+  add_outer_products(in.quantised.data(), rows, rows, in.quantised.data(), rows, rows, tokens, true,
+                     sums.square, 1);
+  sums.tokens = tokens;
+  CurvatureFactor factor = factor_curvature(sums, 0.05, 1);
+  g = mean_products(in.quantised, in.quantised, tokens, rows, rows);
+  add_to_diagonal(g, factor.damping);
+  return factor;
+}
+
+// trace of G E H E^T.
+double whole_error(const Problem& p, const Matrix& g, const QuantizedLinear& q) {
+  Matrix e;
+  Matrix eh;
+  for (std::uint64_t row = 0; row < p.rows; ++row) {
+    e.push_back(row_error(p, q, row));
+    std::vector<double> product(p.cols, 0);
+    for (std::uint64_t k = 0; k < p.cols; ++k) {
+      for (std::uint64_t j = 0; j < p.cols; ++j) product[j] += e[row][k] * p.h[k][j];
+    }
+    eh.push_back(product);
+  }
+  double sum = 0;
+  for (std::uint64_t i = 0; i < p.rows; ++i) {
+    for (std::uint64_t j = 0; j < p.rows; ++j) {
+      double product = 0;
+      for (std::uint64_t k = 0; k < p.cols; ++k) product += eh[i][k] * e[j][k];
+      sum += g[i][j] * product;
+    }
+  }
+  return sum;
+}
+
+TEST(RowsTogether, ErrorsAreWhatTheyAreSaidToBeAndLessThanThoseOfRowsAlone) {
+  std::mt19937_64 random(31);
+  for (const auto& [rows, cols] : {std::pair{66U, 300U}, std::pair{130U, 60U}, std::pair{1U, 128U}}) {
+    const Problem p = make_problem(rows, cols, 80, random);
+    Matrix g;
+    const CurvatureFactor outputs = output_curvature(rows, 90, g, random);
+    CurvatureQuantizerOptions options;
+    options.passes = 0;
+    double before = whole_error(p, g, quantise(p, options, Levels::normal()));
+    for (const unsigned passes : {0U, 1U, 3U, 8U}) {
+      options.passes = passes;
+      QuantizedLinear q = make_quantized_linear(rows, cols, Levels::normal(), false);
+      std::fill(q.codes.begin(), q.codes.end(), std::uint8_t{0x77});
+      const CurvatureError error = quantize_with_curvature(p.w, p.curvature, options, 2, q, &outputs);
+      check_quantized_linear(q);
+      const double now = whole_error(p, g, q);
+      EXPECT_NEAR(error.final / now, 1, 1e-3) << passes;
+      EXPECT_LE(error.final, error.greedy * (1 + 1e-6));
+      EXPECT_LE(now, before * (1 + 1e-5)) << rows << " " << passes;
+      if (rows > 1 && passes == 3) {
+        EXPECT_LT(now, 0.9 * whole_error(p, g, quantise(p, {}, Levels::normal())));
+      }
+      before = now;
+    }
+  }
+}
+
+TEST(RowsTogether, UnrelatedOutputsAreRoundedAlone) {
+  std::mt19937_64 random(32);
+  const Problem p = make_problem(70, 200, 90, random);
+  CurvatureFactor identity{70, 0, 0.0, false, std::vector<float>(70 * 70), std::vector<float>(70 * 70)};
+  for (std::size_t i = 0; i < 70; ++i) identity.matrix[i * 71] = identity.upper[i * 71] = 1;
+  CurvatureQuantizerOptions options;
+  options.passes = 0;
+  QuantizedLinear q = make_quantized_linear(70, 200, Levels::normal(), false);
+  quantize_with_curvature(p.w, p.curvature, options, 1, q, &identity);
+  const QuantizedLinear alone = quantise(p, options, Levels::normal());
+  EXPECT_EQ(q.codes, alone.codes);
+  EXPECT_EQ(q.group_scales, alone.group_scales);
+}
+
+// Where one direction owns both curvatures every cell of the grid depends on every other.
+TEST(RowsTogether, DescendsWhereEverythingIsCoupled) {
+  std::mt19937_64 random(33);
+  const Problem p = make_problem(200, 400, 4, random);
+  Matrix g;
+  const CurvatureFactor outputs = output_curvature(200, 3, g, random);
+  CurvatureQuantizerOptions options;
+  options.passes = 5;
+  QuantizedLinear q = make_quantized_linear(200, 400, Levels::normal(), false);
+  const CurvatureError error = quantize_with_curvature(p.w, p.curvature, options, 4, q, &outputs);
+  EXPECT_LT(error.final, error.greedy);
+  EXPECT_LT(error.final, 0.01 * error.reference);
+}
+
+TEST(RowsTogether, ThreadsDoNotMatter) {
+  std::mt19937_64 random(34);
+  const Problem p = make_problem(200, 700, 300, random);
+  Matrix g;
+  const CurvatureFactor outputs = output_curvature(200, 210, g, random);
+  std::vector<QuantizedLinear> list;
+  for (const int threads : {1, 2, 5}) {
+    list.push_back(make_quantized_linear(200, 700, Levels::normal(), false));
+    quantize_with_curvature(p.w, p.curvature, {}, threads, list.back(), &outputs);
+  }
+  for (const QuantizedLinear& q : list) {
+    EXPECT_EQ(q.codes, list[0].codes);
+    EXPECT_EQ(q.group_scales, list[0].group_scales);
+    EXPECT_EQ(q.row_scales, list[0].row_scales);
+  }
+}
+
+TEST(RowsTogether, CurvatureOfOtherOutputsIsRefused) {
+  std::mt19937_64 random(35);
+  const Problem p = make_problem(10, 20, 30, random);
+  Matrix g;
+  const CurvatureFactor outputs = output_curvature(11, 30, g, random);
+  QuantizedLinear q = make_quantized_linear(10, 20, Levels::normal(), false);
+  EXPECT_THROW(quantize_with_curvature(p.w, p.curvature, {}, 1, q, &outputs), Error);
+}
+
 }  // namespace
 }  // namespace fireq::libquant
