@@ -18,6 +18,9 @@ constexpr const char* kTiles = ".weight_tiles";
 constexpr const char* kGroupScale = ".weight_group_scale";
 constexpr const char* kRowScale = ".weight_row_scale";
 constexpr const char* kShape = ".weight_shape";
+constexpr const char* kLevels = ".weight_levels";
+constexpr const char* kFp8Weight = ".weight";
+constexpr const char* kFp8Scale = ".weight_scale";
 
 template <typename T>
 void read_into(const formats::SafetensorsFile& file, const std::string& name, std::vector<T>& out) {
@@ -61,6 +64,28 @@ std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name
   const std::vector<std::int64_t> shape{static_cast<std::int64_t>(q.rows), static_cast<std::int64_t>(q.cols)};
   list.push_back(owned_tensor(name + kShape, Dtype::i64, {2}, to_bytes(shape)));
   return list;
+}
+
+formats::FireqWriter::Tensor levels_tensor(const std::string& name, const libquant::Levels& levels) {
+  const std::vector<float> magnitudes(levels.magnitude.begin(), levels.magnitude.end());
+  return owned_tensor(name + kLevels, Dtype::f32, {magnitudes.size()}, to_bytes(magnitudes));
+}
+
+std::vector<formats::FireqWriter::Tensor> fp8_tensors(const std::string& name, const libquant::Fp8Linear& q) {
+  std::vector<formats::FireqWriter::Tensor> list;
+  list.push_back(owned_tensor(name + kFp8Weight, Dtype::f8_e4m3, {q.rows, q.cols}, to_bytes(q.codes)));
+  list.push_back(owned_tensor(name + kFp8Scale, Dtype::f32, {q.rows}, to_bytes(q.row_scales)));
+  return list;
+}
+
+void read_fp8(const formats::SafetensorsFile& file, const std::string& name, libquant::Fp8Linear& out) {
+  read_into(file, name + kFp8Weight, out.codes);
+  read_into(file, name + kFp8Scale, out.row_scales);
+  try {
+    libquant::check_fp8_linear(out);
+  } catch (Error& error) {
+    throw error.path_if_unset(file.path()).tensor_if_unset(name);
+  }
 }
 
 void read_packed(const formats::SafetensorsFile& file, const std::string& name, WeightLayout layout,

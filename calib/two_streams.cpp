@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "calib/linear_quantizer.hpp"
 #include "calib/simd.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -16,6 +17,7 @@
 namespace fireq::calib {
 namespace {
 
+using formats::ModulePrecision;
 using libquant::Curvature;
 using libquant::QuantizedLinear;
 
@@ -65,11 +67,13 @@ struct TwoStreams::Layer {
   StreamReport* report = nullptr;  // null: a replay, `result` is given
 };
 
-TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads)
+TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads,
+                       const Modules* modules)
     : source_(source),
       windows_(windows),
       recipe_(recipe),
       threads_(threads),
+      modules_(modules),
       rope_(source.config(), windows.length),
       original_runner_(source.config(), Precision{}, threads),
       quantized_runner_(source.config(), quantized_precision(recipe), threads),
@@ -134,7 +138,7 @@ void TwoStreams::run(Layer& work) {
     const std::vector<LinearIndex> list(which);
     if (sums) quantize_linears(work, list, *sums, residual, site);
     for (const LinearIndex i : list) {
-      work.quantized.linear[i] = operand_panels(work.result[i], work.weights.linear[i].bias, threads_);
+      work.quantized.linear[i] = stored_panels(work, i);
       std::vector<float>().swap(work.weights.linear[i].weight);
     }
   };
@@ -333,9 +337,12 @@ void TwoStreams::add(const Batch& batch, SiteBatch& site, std::uint64_t channels
 
 void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> which, Curvature& sums,
                                   std::span<const float> residual, const char* site) {
+  const auto stays = [&](LinearIndex i) { return precision(work, i) == ModulePrecision::original; };
+  if (std::all_of(which.begin(), which.end(), stays)) return;
   if (recipe_.compensate) {
     const libquant::TargetSolver solver(sums, recipe_.target_ridge, threads_);
     for (const LinearIndex i : which) {
+      if (stays(i)) continue;
       check_interrupt();
       LinearWeights& w = work.weights.linear[i];
       solver.compensate(w.weight, w.rows, residual, threads_);
@@ -347,15 +354,22 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   if (factor.raised) work.report->raised.emplace_back(site);
   libquant::CurvatureQuantizerOptions options;
   options.row_scale = libquant::RowScale::row;
-  options.search_low = recipe_.weights.search_low;
-  options.search_high = recipe_.weights.search_high;
   options.passes = static_cast<unsigned>(recipe_.descent_passes);
   options.pin_top_scale = recipe_.weights.pin_top_scale;
   for (const LinearIndex i : which) {
+    if (stays(i)) continue;
     check_interrupt();
     const LinearWeights& w = work.weights.linear[i];
-    work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, recipe_.weights.levels, false);
+    const libquant::WeightQuantizerOptions& keys =
+        modules_ == nullptr ? recipe_.weights : modules_->linear(work.index, i).weights;
+    options.search_low = keys.search_low;
+    options.search_high = keys.search_high;
     try {
+      if (precision(work, i) == ModulePrecision::fp8) {
+        work.result.fp8[i] = quantize_fp8(w.weight, w.rows, w.cols, threads_);
+        continue;
+      }
+      work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, keys.levels, false);
       const libquant::CurvatureError error =
           libquant::quantize_with_curvature(w.weight, factor, options, threads_, work.result[i]);
       work.report->error[i] = error.reference > 0 ? std::sqrt(error.final / error.reference) : 0;
@@ -363,6 +377,29 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
       throw error.tensor_if_unset(w.name + ".weight").path_if_unset(source_.reader().folder());
     }
   }
+}
+
+ModulePrecision TwoStreams::precision(const Layer& work, std::size_t linear) const {
+  return modules_ == nullptr ? ModulePrecision::int4 : modules_->linear(work.index, linear).precision;
+}
+
+LinearPanels TwoStreams::stored_panels(const Layer& work, std::size_t linear) const {
+  const LinearWeights& w = work.weights.linear[linear];
+  if (precision(work, linear) == ModulePrecision::int4) {
+    return operand_panels(work.result[linear], w.bias, threads_);
+  }
+  LinearPanels out;
+  out.bias = w.bias;
+  if (precision(work, linear) == ModulePrecision::original) {
+    out.weight = Panels(w.weight, w.rows, w.cols, threads_);
+    return out;
+  }
+  const libquant::Fp8Linear& q = work.result.fp8[linear];
+  std::vector<float> operands(q.codes.size());
+  libquant::decode_e4m3(q.codes, operands);
+  out.weight = Panels(operands, q.rows, q.cols, threads_);
+  out.row_scale = q.row_scales;
+  return out;
 }
 
 void TwoStreams::advance_original(const LinearPanels& linear, const Batch& batch, const SiteBatch& site) {
