@@ -138,6 +138,23 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
                           q.layout == formats::WeightLayout::row ? "row" : "sm90",
                           bytes_text(source.reader().total_bytes()), q.tool_version));
   print_packed(report, calib::inspect_packed(source, a.layer, progress), json["packed"]);
+  json["other_linears"] = nlohmann::json::array();
+  for (std::uint64_t layer = 0; layer < source.config().layers; ++layer) {
+    if (a.layer && *a.layer != layer) continue;
+    const auto names = formats::linear_names(layer);
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      const auto precision = source.precision(layer, i);
+      if (precision == formats::ModulePrecision::int4) continue;
+      report.line(fmt::format("{:>5}  {:<42} {}", layer, names.at(i), calib::precision_name(precision)));
+      json["other_linears"].push_back(
+          {{"layer", layer}, {"name", names.at(i)}, {"precision", calib::precision_name(precision)}});
+    }
+  }
+  for (const char* const module : {formats::kEmbeddingModule, formats::kHeadModule}) {
+    if (module_precision(q, module) != formats::ModulePrecision::fp8) continue;
+    report.line(fmt::format("{:>5}  {:<42} fp8", "", module));
+    json["other_linears"].push_back({{"layer", nullptr}, {"name", module}, {"precision", "fp8"}});
+  }
   if (const std::string path = a.target + "/calibration.h5"; std::filesystem::exists(path)) {
     report.line("");
     inspect_file(a, path, calib::parse_recipe(q.recipe_json, a.target + "/config.json"),

@@ -1,9 +1,13 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "apps/commands.hpp"
+#include "calib/plan.hpp"
 #include "calib/quantize_job.hpp"
+#include "calib/sensitivity.hpp"
 #include "common/error.hpp"
 
 namespace fireq::apps {
@@ -15,10 +19,13 @@ struct Arguments {
                           shard_size = "5GB";
   TextArguments text;
   CalibrationArguments calibration;
+  std::vector<std::string> ignore;
+  std::string target_size;
+  std::optional<double> max_kl;
   bool resume = false, restart = false, force = false, dry_run = false;
 };
 
-calib::Recipe recipe_of(const Arguments& a) {
+calib::Recipe levels_recipe(const Arguments& a) {
   const calib::Target target = a.target == "vllm" ? calib::Target::vllm : calib::Target::fireq;
   calib::Recipe recipe = a.recipe_file.empty() ? calib::preset_recipe(a.preset, target)
                                                : calib::parse_recipe(formats::read_text_file(a.recipe_file),
@@ -45,9 +52,27 @@ calib::Recipe recipe_of(const Arguments& a) {
   return calib::parse_recipe(overlay.dump(), named ? "--levels" : a.levels);
 }
 
+calib::Recipe recipe_of(const Arguments& a) {
+  calib::Recipe recipe = levels_recipe(a);
+  recipe.ignore.insert(recipe.ignore.end(), a.ignore.begin(), a.ignore.end());
+  return recipe;
+}
+
+calib::PrecisionGoal goal_of(const Arguments& a) {
+  calib::PrecisionGoal goal;
+  if (!a.target_size.empty()) goal.size = parse_size(a.target_size);
+  goal.kl = a.max_kl;
+  return goal;
+}
+
 void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::QuantizeOptions& options,
                  Progress& progress) {
-  const bool needed = options.recipe.needs_statistics() || options.recipe.needs_text();
+  const bool choosing = goal_of(a).given();
+  if (choosing && !a.text.given()) {
+    throw Error(ErrorKind::usage, "--target-size and --max-kl measure on calibration text")
+        .hint("give --text FILE");
+  }
+  const bool needed = options.recipe.needs_statistics() || options.recipe.needs_text() || choosing;
   if (!a.stats.empty()) {
     if (a.text.given()) throw Error(ErrorKind::usage, "--stats and --text exclude each other");
     if (options.recipe.needs_text()) {
@@ -76,6 +101,7 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
     linears.push_back({{"name", l.name},
                        {"rows", l.rows},
                        {"cols", l.cols},
+                       {"precision", calib::precision_name(l.precision)},
                        {"bytes_before", l.bytes_before},
                        {"bytes_after", l.bytes_after}});
   }
@@ -90,14 +116,59 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
           {"calibration_bytes", plan.calibration_bytes}};
 }
 
-int dry_run(const Arguments& a, const calib::WeightSource& source, const calib::QuantizeOptions& options) {
-  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
-  const Report report(a.common);
-  for (const auto& l : plan.linears) {
-    report.line(fmt::format("{:<44} {:>6} x {:<6} {:>10} -> {}", l.name, l.rows, l.cols,
-                            bytes_text(l.bytes_before), bytes_text(l.bytes_after)));
+nlohmann::json precision_plan_json(const calib::PrecisionPlan& plan) {
+  nlohmann::json units = nlohmann::json::array();
+  for (const calib::PlannedUnit& u : plan.units) {
+    nlohmann::json kl = {{"int4", u.kl_int4}};
+    nlohmann::json bytes = {{"int4", u.bytes_int4}, {"original", u.bytes_original}};
+    if (u.kl_fp8) {
+      kl["fp8"] = *u.kl_fp8;
+      bytes["fp8"] = *u.bytes_fp8;
+    }
+    units.push_back({{"linears", u.linears},
+                     {"kl", kl},
+                     {"bytes", bytes},
+                     {"precision", calib::precision_name(u.precision)}});
   }
-  for (const auto& [name, why] : plan.kept) report.line(fmt::format("{:<44} not quantised: {}", name, why));
+  return {{"units", units},
+          {"tokens", plan.windows.ids.size()},
+          {"bytes", plan.bytes},
+          {"kl", plan.kl},
+          {"seconds", plan.seconds}};
+}
+
+// Before anything is written: what was measured, the most sensitive first, and what comes of it.
+void print_plan(const Report& report, const calib::PrecisionPlan& plan) {
+  std::vector<const calib::PlannedUnit*> order;
+  for (const calib::PlannedUnit& u : plan.units) order.push_back(&u);
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto* x, const auto* y) { return x->kl_int4 > y->kl_int4; });
+  report.line(fmt::format("{:<8} {:>10} {:>10} {:>10}  linear", "kept in", "KL in int4", "in fp8", "bytes"));
+  for (const calib::PlannedUnit* u : order) {
+    const std::uint64_t bytes = u->precision == formats::ModulePrecision::int4  ? u->bytes_int4
+                                : u->precision == formats::ModulePrecision::fp8 ? *u->bytes_fp8
+                                                                                : u->bytes_original;
+    report.line(fmt::format("{:<8} {:>10.3g} {:>10} {:>10}  {}{}", calib::precision_name(u->precision),
+                            u->kl_int4, u->kl_fp8 ? fmt::format("{:.3g}", *u->kl_fp8) : "-",
+                            bytes_text(bytes), u->linears.front(),
+                            u->linears.size() > 1 ? fmt::format(" and {} more", u->linears.size() - 1) : ""));
+  }
+  report.line(fmt::format("plan: {}, KL {:.5f} on {} tokens (weights and FP8 inputs), measured in {}\n",
+                          bytes_text(plan.bytes), plan.kl, plan.windows.ids.size(),
+                          seconds_text(plan.seconds)));
+}
+
+int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
+            const std::optional<calib::PrecisionPlan>& chosen) {
+  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
+  for (const auto& l : plan.linears) {
+    report.line(fmt::format("{:<44} {:>6} x {:<6} {:<8} {:>10} -> {}", l.name, l.rows, l.cols,
+                            calib::precision_name(l.precision), bytes_text(l.bytes_before),
+                            bytes_text(l.bytes_after)));
+  }
+  for (const auto& [name, why] : plan.kept)
+    report.line(
+        fmt::format("{:<44} {}: {}", name, why.ends_with("in FP8") ? "quantised" : "not quantised", why));
   report.line(
       fmt::format("\nsize {} -> {} ({:.1f} %)", bytes_text(plan.bytes_before), bytes_text(plan.bytes_after),
                   100.0 * static_cast<double>(plan.bytes_after) / static_cast<double>(plan.bytes_before)));
@@ -107,6 +178,7 @@ int dry_run(const Arguments& a, const calib::WeightSource& source, const calib::
   report.line("nothing was written");
   nlohmann::json out = plan_json(plan);
   out["dry_run"] = true;
+  if (chosen) out["plan"] = precision_plan_json(*chosen);
   out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
   report.json(out);
   return 0;
@@ -122,6 +194,20 @@ calib::QuantizeResult quantize(const calib::WeightSource& source, const calib::Q
         .path(options.out)
         .hint("go on with --resume");
   }
+}
+
+// Of the finished folder, on what the plan was measured on.
+double result_kl(const Arguments& a, const calib::WeightSource& source, const calib::PrecisionPlan& plan,
+                 const Report& report, Progress& progress) {
+  const auto written = calib::open_weights(a.out);
+  const double kl = calib::stored_kl(*written, source, plan.windows, a.common.threads);
+  report.line(fmt::format("KL {:.5f} on the {} tokens of the plan", kl, plan.windows.ids.size()));
+  if (a.max_kl && !(kl <= *a.max_kl)) {
+    progress.warning(
+        fmt::format("the KL is over --max-kl {}: the plan's, with weights rounded to the nearest, was {:.5f}",
+                    *a.max_kl, plan.kl));
+  }
+  return kl;
 }
 
 int run(const Arguments& a) {
@@ -140,15 +226,23 @@ int run(const Arguments& a) {
   options.tool_version = tool_version();
   const auto source = calib::open_weights(a.model);
   obtain_text(a, *source, options, progress);
-  if (a.dry_run) return dry_run(a, *source, options);
+  const Report report(a.common);
+  std::optional<calib::PrecisionPlan> plan;
+  if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
+    plan = calib::plan_precisions(*source, options, goal, progress);
+    options.recipe = plan->recipe;
+    print_plan(report, *plan);
+  }
+  if (a.dry_run) return dry_run(report, *source, options, plan);
 
   const calib::QuantizeResult result = quantize(*source, options, progress);
-  const Report report(a.common);
   const double share =
       100.0 * static_cast<double>(result.bytes_after) / static_cast<double>(result.bytes_before);
-  report.line(fmt::format("{}: {} linears in 4 bits, {} -> {} ({:.1f} %), {}", a.out, result.linears,
-                          bytes_text(result.bytes_before), bytes_text(result.bytes_after), share,
-                          seconds_text(result.seconds)));
+  std::string linears = fmt::format("{} linears in 4 bits", result.linears);
+  if (result.fp8_linears > 0) linears += fmt::format(", {} in FP8", result.fp8_linears);
+  if (result.plain_linears > 0) linears += fmt::format(", {} as they were", result.plain_linears);
+  report.line(fmt::format("{}: {}, {} -> {} ({:.1f} %), {}", a.out, linears, bytes_text(result.bytes_before),
+                          bytes_text(result.bytes_after), share, seconds_text(result.seconds)));
   if (result.resumed_layers > 0)
     report.line(fmt::format("resumed: {} layers were done already", result.resumed_layers));
   if (result.clamped + result.zero_channels > 0) {
@@ -159,10 +253,18 @@ int run(const Arguments& a) {
     report.line(
         fmt::format("{} input channels were zero on all of the calibration text", result.dead_channels));
   }
+  nlohmann::json chosen = nullptr;
+  if (plan) {
+    chosen = precision_plan_json(*plan);
+    chosen["result_kl"] = result_kl(a, *source, *plan, report, progress);
+  }
   if (progress.warnings() > 0)
     report.line(fmt::format("{} warning{}", progress.warnings(), progress.warnings() == 1 ? "" : "s"));
   report.json({{"out", a.out},
+               {"plan", chosen},
                {"linears", result.linears},
+               {"fp8_linears", result.fp8_linears},
+               {"plain_linears", result.plain_linears},
                {"bytes_before", result.bytes_before},
                {"bytes_after", result.bytes_after},
                {"resumed_layers", result.resumed_layers},
@@ -195,6 +297,14 @@ void add_quantize(CLI::App& app, Runner& runner) {
   cmd->add_option("--for", a->target,
                   "fireq, or vllm: keep to what vLLM runs from an export (docs/export.md)")
       ->check(CLI::IsMember({"fireq", "vllm"}));
+  cmd->add_option("--ignore", a->ignore,
+                  "Modules to leave in their own type: globs, or re: and a regular expression")
+      ->type_name("PATTERN");
+  auto* size = cmd->add_option("--target-size", a->target_size,
+                               "Keep the most sensitive linears in FP8 or their own type, up to this size");
+  cmd->add_option("--max-kl", a->max_kl, "The same, until the KL on calibration text is at most this")
+      ->check(CLI::PositiveNumber)
+      ->excludes(size);
   add_text_options(*cmd, a->text);
   add_calibration_options(*cmd, a->calibration);
   cmd->add_option("--stats", a->stats, "Statistics of fireq calibrate instead of text")->type_name("FILE");
@@ -214,6 +324,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
       "  fireq quantize model -o out --preset rtn\n"
       "  fireq quantize model -o out --preset paper --text corpus/ --samples 128 --length 2048 --seed 1\n"
       "  fireq quantize model -o out --for vllm --text t.txt\n"
+      "  fireq quantize model -o out --preset rtn --ignore 'model.layers.0.*' 're:.*down_proj$'\n"
       "  fireq quantize model -o out --text t.txt --dry-run");
   cmd->callback([a, &runner] { runner = [a] { return run(*a); }; });
 }

@@ -12,6 +12,7 @@
 #include "apps/linear_check_json.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/recipe.hpp"
 #include "calib/validate.hpp"
 #include "common/error.hpp"
 #include "formats/statistics.hpp"
@@ -44,7 +45,10 @@ calib::EvaluationResult compare_on_text(const Arguments& a, const calib::WeightS
 
 std::string check_line(const calib::LinearCheck& c) {
   std::string line = fmt::format("{:<40} {:>6} x {:<6}", c.name, c.rows, c.cols);
-  if (c.relative_error) {
+  if (c.precision != formats::ModulePrecision::int4) line += "  " + calib::precision_name(c.precision);
+  if (c.relative_error && *c.relative_error == 0) {
+    line += "  no error";
+  } else if (c.relative_error) {
     line += fmt::format("  error {:.4f}  SNR {:5.2f} dB  worst group [{}, {}] {:.3f}", *c.relative_error,
                         *c.snr_db, c.worst_group->row, c.worst_group->group, c.worst_group->relative_error);
   }

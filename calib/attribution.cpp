@@ -38,7 +38,8 @@ class MixedWeights final : public WeightSource {
     for (std::size_t i = 0; i < kLinears; ++i) {
       const Form form = choice_(layer, i);
       if (form == Form::original) mixed.linear[i] = std::move(original.linear[i]);
-      if (form == Form::exact) unround(layer, i, threads, mixed.linear[i]);
+      if (form == Form::exact && packed_.precision(layer, i) == formats::ModulePrecision::int4)
+        unround(layer, i, threads, mixed.linear[i]);
     }
     return mixed;
   }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "calib/packed_tensors.hpp"
+#include "calib/plain_tensors.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "formats/export_folder.hpp"
@@ -20,12 +21,12 @@ namespace fireq::calib {
 namespace {
 
 using formats::FireqWriter;
+using formats::ModulePrecision;
 using libquant::kGroupSize;
 using libquant::QuantizedLinear;
 using StagedTensor = FireqWriter::Tensor;
 
 constexpr std::uint64_t kRowsPerTask = 32;
-constexpr std::uint64_t kElementsPerTask = std::uint64_t{1} << 18U;
 constexpr std::uint64_t kLargestConfig = std::uint64_t{1} << 24U;
 constexpr const char* kSmoothing = "self_attn.k_post_rope_scale";
 constexpr const char* kShift = "self_attn.k_post_rope_shift";
@@ -45,32 +46,6 @@ std::string layer_unit(std::uint64_t layer) {
 
 std::string counted(std::uint64_t n, const std::string& noun) {
   return std::to_string(n) + " " + noun + (n == 1 ? "" : "s");
-}
-
-// Values as bytes of `dtype`, at `out`; the index of the first that does not fit its range, or values.size().
-std::size_t narrow(std::span<const float> values, Dtype dtype, std::byte* out) {
-  if (dtype == Dtype::f32) {
-    std::memcpy(out, values.data(), values.size() * sizeof(float));
-    return values.size();
-  }
-  std::array<std::uint16_t, 1024> half{};
-  for (std::size_t done = 0; done < values.size(); done += half.size()) {
-    const std::span<const float> part = values.subspan(done, std::min(half.size(), values.size() - done));
-    const std::span<std::uint16_t> bits(half.data(), part.size());
-    dtype == Dtype::f16 ? libquant::encode_f16(part, bits) : libquant::encode_bf16(part, bits);
-    const std::uint16_t infinity = dtype == Dtype::f16 ? 0x7c00 : 0x7f80;
-    for (std::size_t i = 0; i < bits.size(); ++i) {
-      if ((bits[i] & 0x7fffU) == infinity) return done + i;
-    }
-    std::memcpy(out + done * sizeof(std::uint16_t), bits.data(), bits.size_bytes());
-  }
-  return values.size();
-}
-
-Error out_of_range(const std::string& tensor, float value, Dtype dtype) {
-  Error error(ErrorKind::input, "a value is out of the range of the type to write");
-  error.tensor(tensor).expected(std::string(dtype_name(dtype))).found(std::to_string(value));
-  return error.hint(dtype == Dtype::f16 ? "use --dtype bf16 or f32" : "use --dtype f32");
 }
 
 class ExportJob {
@@ -95,10 +70,13 @@ class ExportJob {
   void note_left_out();
   void stage_layer(FireqWriter& writer, std::uint64_t layer);
   void stage_rest(FireqWriter& writer);
+  StagedTensor plain_table(const std::string& module) const;
   StagedTensor plain_linear(std::uint64_t layer, std::size_t i) const;
   void packed_linear(std::uint64_t layer, std::size_t i, std::vector<StagedTensor>& tensors) const;
   StagedTensor other_tensor(const std::string& name) const;
-  bool is_quantised(const std::string& name) const { return !ignored_.contains(name); }
+  bool is_quantised(const std::string& name) const {
+    return module_precision(*source_.quantization(), name) == ModulePrecision::int4;
+  }
 
   const WeightSource& source_;
   const ExportOptions& options_;
@@ -107,8 +85,7 @@ class ExportJob {
   const formats::CheckpointReader& reader_;
   const formats::ModelConfig& config_;
   const bool served_;
-  std::set<std::string> ignored_;  // linears that the FireQ folder itself does not quantise
-  std::set<std::string> plain_;    // linears to write as plain BF16
+  std::set<std::string> plain_;  // linears to write as plain BF16
   ExportResult result_;
 };
 
@@ -207,6 +184,11 @@ void ExportJob::note_left_out() {
     result_.left_out.push_back("k_post_rope_shift of " + counted(shifted, "layer") +
                                ": the softmax does not notice it");
   }
+  const std::vector<std::string>& fp8 = source_.quantization()->fp8;
+  if (!fp8.empty()) {
+    result_.left_out.push_back("the FP8 weights of " + counted(fp8.size(), "module") + ", the first " +
+                               fp8.front() + ": written as plain " + std::string(dtype_name(options_.dtype)));
+  }
   if (source_.quantization()->kv_cache) {
     result_.left_out.emplace_back("the INT4 KV cache: the format has none");
   }
@@ -215,7 +197,8 @@ void ExportJob::note_left_out() {
   if (!result_.plain.empty()) {
     progress_.warning(counted(result_.plain.size(), "linear") + " written as plain BF16, the first " +
                       result_.plain.front() +
-                      ": vLLM needs N and K in multiples of 128, and q, k and v alike, gate and up alike");
+                      ": vLLM needs N and K in multiples of 128, in 4 bits, and q, k and v alike, gate and "
+                      "up alike");
   }
 }
 
@@ -225,8 +208,6 @@ void ExportJob::plan() {
         .path(reader_.folder())
         .hint("make one with fireq quantize");
   }
-  const formats::QuantizationConfig& quantization = *source_.quantization();
-  ignored_.insert(quantization.ignore.begin(), quantization.ignore.end());
   if (served_) {
     if (options_.dtype != Dtype::bf16) {
       throw Error(ErrorKind::usage, "vLLM runs W4AFP8 in BF16 only")
@@ -242,7 +223,8 @@ void ExportJob::plan() {
   } else {
     for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
       for (const std::string& name : formats::linear_names(layer))
-        result_.linears += is_quantised(name) ? 1U : 0U;
+        result_.linears +=
+            module_precision(*source_.quantization(), name) == ModulePrecision::original ? 0U : 1U;
     }
   }
   note_left_out();
@@ -253,42 +235,35 @@ void ExportJob::plan() {
 StagedTensor ExportJob::other_tensor(const std::string& name) const {
   const TensorView view = reader_.tensor(name);
   if (!served_ || view.dtype == options_.dtype) return {{name, view.dtype, view.shape}, {}, view.data};
-  const std::uint64_t size = dtype_size(options_.dtype);
-  StagedTensor out{{name, options_.dtype, view.shape}, std::vector<std::byte>(view.elements() * size), {}};
-  try {
-    parallel_for((view.elements() + kElementsPerTask - 1) / kElementsPerTask, options_.threads,
-                 [&](std::size_t t) {
-                   const std::uint64_t begin = t * kElementsPerTask;
-                   std::vector<float> values(std::min(kElementsPerTask, view.elements() - begin));
-                   tensor_to_float(view, begin, values, true);
-                   const std::size_t bad = narrow(values, options_.dtype, out.owned.data() + begin * size);
-                   if (bad < values.size()) throw out_of_range(name, values[bad], options_.dtype);
-                 });
-  } catch (Error& error) {
-    throw error.path_if_unset(reader_.file_of(name));
-  }
-  return out;
+  return plain_tensor(
+      name, options_.dtype, view.shape,
+      [&](std::uint64_t begin, std::span<float> out) { tensor_to_float(view, begin, out, true); },
+      reader_.file_of(name), options_.threads);
+}
+
+// The embedding or the head, where it is in FP8.
+StagedTensor ExportJob::plain_table(const std::string& module) const {
+  const TensorView view = reader_.tensor(module + ".weight");
+  const Fp8Table table(reader_, module);
+  return plain_tensor(
+      module + ".weight", options_.dtype, view.shape,
+      [&](std::uint64_t begin, std::span<float> out) { table.values(begin, out); },
+      reader_.file_of(view.name), options_.threads);
 }
 
 StagedTensor ExportJob::plain_linear(std::uint64_t layer, std::size_t i) const {
   const std::string name = formats::linear_names(layer)[i];
-  if (!is_quantised(name)) return other_tensor(name + ".weight");
+  const ModulePrecision precision = source_.precision(layer, i);
+  if (precision == ModulePrecision::original) return other_tensor(name + ".weight");
+  if (precision == ModulePrecision::fp8) return plain_table(name);
   const QuantizedLinear q = source_.quantized(layer, i);
   const libquant::ProductTable table(q.levels);
-  const std::uint64_t row_bytes = q.cols * dtype_size(options_.dtype);
-  StagedTensor out{
-      {name + ".weight", options_.dtype, {q.rows, q.cols}}, std::vector<std::byte>(q.rows * row_bytes), {}};
-  parallel_for((q.rows + kRowsPerTask - 1) / kRowsPerTask, options_.threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, q.rows - begin);
-    std::vector<float> values(count * q.cols);
-    libquant::dequantize_rows(q, table, begin, count, values);
-    const std::size_t bad = narrow(values, options_.dtype, out.owned.data() + begin * row_bytes);
-    if (bad < values.size()) {
-      throw out_of_range(name, values[bad], options_.dtype).path_if_unset(reader_.folder());
-    }
-  });
-  return out;
+  return plain_tensor(
+      name + ".weight", options_.dtype, {q.rows, q.cols},
+      [&](std::uint64_t begin, std::span<float> out) {
+        libquant::dequantize_rows(q, table, begin / q.cols, out.size() / q.cols, out);
+      },
+      reader_.folder(), options_.threads);
 }
 
 // weight_packed, weight_scale and weight_shape. K is a multiple of 128 here, so that both formats have the
@@ -358,7 +333,9 @@ void ExportJob::stage_rest(FireqWriter& writer) {
   if (writer.unit_done("rest")) return;
   std::vector<StagedTensor> tensors;
   for (const std::string& name : reader_.names()) {
-    if (!name.starts_with("model.layers.")) tensors.push_back(other_tensor(name));
+    if (name.starts_with("model.layers.") || name.ends_with(".weight_scale")) continue;
+    const bool fp8 = reader_.tensor(name).dtype == Dtype::f8_e4m3;
+    tensors.push_back(fp8 ? plain_table(name.substr(0, name.rfind('.'))) : other_tensor(name));
   }
   writer.stage("rest", tensors);
   for (const StagedTensor& t : tensors) reader_.release(t.plan.name);

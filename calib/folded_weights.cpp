@@ -1,4 +1,6 @@
 #include <filesystem>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "calib/folding.hpp"
@@ -9,8 +11,12 @@ namespace {
 
 class FoldedWeights : public WeightSource {
  public:
-  FoldedWeights(const WeightSource& original, Recipe recipe, formats::CalibrationStatistics statistics)
-      : original_(original), recipe_(std::move(recipe)), statistics_(std::move(statistics)) {}
+  FoldedWeights(const WeightSource& original, Recipe recipe, formats::CalibrationStatistics statistics,
+                const formats::QuantizationConfig& folder)
+      : original_(original),
+        recipe_(std::move(recipe)),
+        statistics_(std::move(statistics)),
+        ignored_(folder.ignore.begin(), folder.ignore.end()) {}
 
   const formats::ModelConfig& config() const noexcept override { return original_.config(); }
   const formats::CheckpointReader& reader() const noexcept override { return original_.reader(); }
@@ -19,6 +25,9 @@ class FoldedWeights : public WeightSource {
     LayerWeights weights = original_.load_layer(layer, threads);
     fold_layer(config(), recipe_, statistics_.layers.empty() ? nullptr : &statistics_.layers.at(layer),
                weights);
+    // Inputs as in the folder.
+    const auto names = formats::linear_names(layer);
+    for (std::size_t i = 0; i < kLinears; ++i) weights.linear[i].plain_input = ignored_.contains(names[i]);
     return weights;
   }
   void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
@@ -37,6 +46,7 @@ class FoldedWeights : public WeightSource {
   const WeightSource& original_;
   Recipe recipe_;
   formats::CalibrationStatistics statistics_;
+  std::set<std::string> ignored_;
 };
 
 }  // namespace
@@ -67,7 +77,7 @@ std::unique_ptr<WeightSource> fold_like(const WeightSource& original, const std:
           .found(std::to_string(statistics.layers.size()));
     }
   }
-  return std::make_unique<FoldedWeights>(original, std::move(recipe), std::move(statistics));
+  return std::make_unique<FoldedWeights>(original, std::move(recipe), std::move(statistics), quantization);
 }
 
 void require_same_shape(const formats::ModelConfig& model, const formats::ModelConfig& reference,

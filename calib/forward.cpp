@@ -58,6 +58,8 @@ void for_each_task(std::size_t n, int threads, const std::function<void(std::siz
 struct BlockArea {
   FloatBuffer x, q, k, v, gate, up;
   std::vector<float> token_scale;
+  FloatBuffer plain;  // x in bf16 but not FP8, where a linear wants it
+  bool keep_plain = false;
   // With a backend: x in bf16, dense, and what the backend gives back.
   std::vector<std::uint16_t> x16, y16[3];
 };
@@ -156,12 +158,22 @@ struct LayerRunner::Impl {
     if (backend != nullptr) {
       libquant::round_token({x, n}, std::span(area.x16).subspan(i * n, n));
     } else if (precision.fp8_activations) {
+      if (area.keep_plain) {
+        float* const plain = area.plain.data() + i * padded_stride(n);
+        std::transform(x, x + n, plain, libquant::round_bf16);
+      }
       area.token_scale[i] = libquant::quantize_token_in_place({x, n});
     }
   }
-  void prepare_inputs(std::uint64_t m, std::uint64_t n, BlockArea& area) const {
+  // For m inputs of n values of the linears `readers`.
+  void prepare_inputs(const Call& call, std::initializer_list<LinearIndex> readers, std::uint64_t m,
+                      std::uint64_t n, BlockArea& area) const {
     area.token_scale.resize(m);
     if (backend != nullptr) area.x16.resize(m * n);
+    area.keep_plain = precision.fp8_activations && backend == nullptr &&
+                      std::any_of(readers.begin(), readers.end(),
+                                  [&](LinearIndex i) { return call.weights.linear[i].plain_input; });
+    if (area.keep_plain) area.plain.resize(m * padded_stride(n));
   }
 
   // Calls body(first, last) for the rows of a block: all of them here, or, when a backend has the whole batch
@@ -186,9 +198,11 @@ struct LayerRunner::Impl {
 
   void linear(const Call& call, LinearIndex which, const BlockArea& area, std::size_t ldx, std::size_t m,
               float* y, std::size_t ldy) const {
-    apply_linear(call.weights.linear[which], area.x.data(), ldx, m,
-                 precision.fp8_activations ? area.token_scale.data() : nullptr, precision.fp8_activations, y,
-                 ldy, threads);
+    const LinearPanels& panels = call.weights.linear[which];
+    const bool fp8 = precision.fp8_activations && !panels.plain_input;
+    const bool kept = precision.fp8_activations && panels.plain_input;
+    apply_linear(panels, kept ? area.plain.data() : area.x.data(), ldx, m,
+                 fp8 ? area.token_scale.data() : nullptr, precision.fp8_activations, y, ldy, threads);
   }
   // The linears `outputs` of the m inputs in the area, rows of n values; the area's x may be changed.
   void linears(const Call& call, std::span<const LinearOutput> outputs, BlockArea& area, std::uint64_t n,
@@ -223,7 +237,7 @@ void LayerRunner::Impl::project(const Call& call, std::uint64_t begin, std::uint
   area.q.resize(m * ldq);
   area.k.resize(m * ldk);
   area.v.resize(m * ldk);
-  prepare_inputs(m, config.hidden, area);
+  prepare_inputs(call, {kQ, kK, kV}, m, config.hidden, area);
   each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
     for (std::uint64_t i = first; i < last; ++i) {
       float* x = area.x.data() + i * ldx;
@@ -275,12 +289,22 @@ void LayerRunner::Impl::linears_elsewhere(const Call& call, std::span<const Line
   }
   if (here.empty()) return;
   each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
-    float* x = area.x.data() + first * ldx;
+    float* const x = area.x.data() + first * ldx;
+    const auto multiply_here = [&](bool plain, const float* token_scale) {
+      for (const LinearOutput& o : here) {
+        const LinearPanels& panels = call.weights.linear[o.which];
+        if (panels.plain_input != plain) continue;
+        apply_linear(panels, x, ldx, last - first, token_scale, true, o.y + first * o.ldy, o.ldy, threads);
+      }
+    };
+    for (std::uint64_t i = first; i < last; ++i) {
+      float* const row = area.x.data() + i * ldx;
+      std::transform(row, row + n, row, libquant::round_bf16);
+    }
+    multiply_here(true, nullptr);
     for (std::uint64_t i = first; i < last; ++i)
       area.token_scale[i] = libquant::quantize_token_in_place({area.x.data() + i * ldx, n});
-    for (const LinearOutput& o : here)
-      apply_linear(call.weights.linear[o.which], x, ldx, last - first, area.token_scale.data() + first, true,
-                   o.y + first * o.ldy, o.ldy, threads);
+    multiply_here(false, area.token_scale.data() + first);
   });
 }
 
@@ -400,7 +424,7 @@ void LayerRunner::Impl::finish(const Call& call, std::uint64_t begin, std::uint6
       }
     });
   };
-  prepare_inputs(m, config.q_rows(), area);
+  prepare_inputs(call, {kO}, m, config.q_rows(), area);
   each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
     for (std::uint64_t i = first; i < last; ++i) {
       float* x = area.x.data() + i * ldo;
@@ -410,7 +434,7 @@ void LayerRunner::Impl::finish(const Call& call, std::uint64_t begin, std::uint6
   });
   linears(call, std::array<LinearOutput, 1>{{{kO, area.q.data(), ldx}}}, area, config.q_rows(), ldo, m);
   add_residual();
-  prepare_inputs(m, config.hidden, area);
+  prepare_inputs(call, {kGate, kUp}, m, config.hidden, area);
   each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
     for (std::uint64_t i = first; i < last; ++i) {
       float* x = area.x.data() + i * ldx;
@@ -421,7 +445,7 @@ void LayerRunner::Impl::finish(const Call& call, std::uint64_t begin, std::uint6
   });
   linears(call, std::array<LinearOutput, 2>{{{kGate, area.gate.data(), ldf}, {kUp, area.up.data(), ldf}}},
           area, config.hidden, ldx, m);
-  prepare_inputs(m, config.ffn, area);
+  prepare_inputs(call, {kDown}, m, config.ffn, area);
   each_rows(m, [&](std::uint64_t first, std::uint64_t last) {
     for (std::uint64_t i = first; i < last; ++i) {
       float* x = area.gate.data() + i * ldf;

@@ -21,7 +21,9 @@ namespace fireq::calib {
 
 // What is quantised on the way (docs/numerics.md). All false: the plain FP32 model.
 struct Precision {
-  bool fp8_activations = false;  // inputs of the seven linears, per token; outputs rounded to bf16
+  // Inputs of the seven linears, per token; outputs rounded to bf16. Inputs of a linear with plain_input are
+  // rounded to bf16 only.
+  bool fp8_activations = false;
   bool int4_k = false;
   bool int4_v = false;
   bool fp8_q = false;
@@ -53,6 +55,7 @@ struct RopeTable {
 struct LinearPanels {
   Panels weight;                       // empty: a backend has it
   std::vector<float> row_scale, bias;  // as in LinearWeights
+  bool plain_input = false;
 };
 struct LayerPanels {
   std::array<LinearPanels, kLinears> linear;

@@ -206,6 +206,7 @@ std::vector<PackedRow> inspect_packed(const WeightSource& source, std::optional<
     check_interrupt();
     const auto names = formats::linear_names(i);
     for (std::size_t l = 0; l < kLinears; ++l) {
+      if (source.precision(i, l) != formats::ModulePrecision::int4) continue;
       const libquant::QuantizedLinear q = source.quantized(i, l);
       PackedRow row;
       row.layer = i;

@@ -53,7 +53,7 @@ std::vector<SmoothedChannels> key_channels_smoothed_by_s(const formats::Calibrat
 std::vector<SiteRow> inspect_weights(const WeightSource& source, std::size_t outliers,
                                      std::optional<std::uint64_t> layer, int threads, Progress& progress);
 
-// Codes and scales of a FireQ folder.
+// Codes and scales of a FireQ folder's linears in 4 bits.
 struct PackedRow {
   std::uint64_t layer = 0;
   std::string name;

@@ -49,6 +49,7 @@ LayerPanels pack_layer(LayerWeights&& weights, int threads) {
     std::vector<float>().swap(from.weight);
     out.linear[i].row_scale = std::move(from.row_scale);
     out.linear[i].bias = std::move(from.bias);
+    out.linear[i].plain_input = from.plain_input;
   }
   out.attn_norm = std::move(weights.attn_norm);
   out.mlp_norm = std::move(weights.mlp_norm);

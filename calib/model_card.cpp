@@ -1,5 +1,6 @@
 #include "calib/model_card.hpp"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 namespace fireq::calib {
@@ -26,6 +27,16 @@ std::string model_card(const formats::ModelConfig& model, const QuantizePlan& pl
       std::string("4 bits in groups of ") + std::to_string(q.group_size) +
           " with FP8 scales and a scale for each " + (q.row_scale_per_row ? "row" : "tensor") + ", " +
           (q.levels_int4 ? "integer" : "other") + " levels");
+  const auto named = [](const std::vector<std::string>& modules) {
+    std::string list = std::to_string(modules.size()) + " modules: ";
+    constexpr std::size_t kMost = 4;
+    for (std::size_t i = 0; i < std::min(kMost, modules.size()); ++i) {
+      list.append(i == 0 ? "" : ", ").append("`").append(modules[i]).append("`");
+    }
+    return modules.size() > kMost ? list + ", ..." : list;
+  };
+  if (!q.fp8.empty()) row("weights in FP8 (E4M3) with a scale for each row", named(q.fp8));
+  if (!q.ignore.empty()) row("linears in the original's type", named(q.ignore));
   row("activations", "FP8 (E4M3), a scale for each token");
   row("KV cache", q.kv_cache ? "INT4" : "not calibrated for INT4");
   row("layout of the codes", q.layout == formats::WeightLayout::row ? "row" : "sm90");

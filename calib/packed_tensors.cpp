@@ -19,6 +19,8 @@ constexpr const char* kGroupScale = ".weight_group_scale";
 constexpr const char* kRowScale = ".weight_row_scale";
 constexpr const char* kShape = ".weight_shape";
 constexpr const char* kLevels = ".weight_levels";
+constexpr const char* kFp8Weight = ".weight";
+constexpr const char* kFp8Scale = ".weight_scale";
 
 template <typename T>
 void read_into(const formats::SafetensorsFile& file, const std::string& name, std::vector<T>& out) {
@@ -66,6 +68,23 @@ std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name
     list.push_back(owned_tensor(name + kLevels, Dtype::f32, {levels.size()}, to_bytes(levels)));
   }
   return list;
+}
+
+std::vector<formats::FireqWriter::Tensor> fp8_tensors(const std::string& name, const libquant::Fp8Linear& q) {
+  std::vector<formats::FireqWriter::Tensor> list;
+  list.push_back(owned_tensor(name + kFp8Weight, Dtype::f8_e4m3, {q.rows, q.cols}, to_bytes(q.codes)));
+  list.push_back(owned_tensor(name + kFp8Scale, Dtype::f32, {q.rows}, to_bytes(q.row_scales)));
+  return list;
+}
+
+void read_fp8(const formats::SafetensorsFile& file, const std::string& name, libquant::Fp8Linear& out) {
+  read_into(file, name + kFp8Weight, out.codes);
+  read_into(file, name + kFp8Scale, out.row_scales);
+  try {
+    libquant::check_fp8_linear(out);
+  } catch (Error& error) {
+    throw error.path_if_unset(file.path()).tensor_if_unset(name);
+  }
 }
 
 void read_packed(const formats::SafetensorsFile& file, const std::string& name, WeightLayout layout,

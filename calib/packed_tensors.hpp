@@ -6,6 +6,7 @@
 
 #include "formats/fireq_folder.hpp"
 #include "formats/safetensors.hpp"
+#include "libquant/fp8_linear.hpp"
 #include "libquant/quantized_linear.hpp"
 
 namespace fireq::calib {
@@ -24,10 +25,14 @@ formats::FireqWriter::Tensor owned_tensor(std::string name, Dtype dtype, std::ve
 std::vector<formats::FireqWriter::Tensor> packed_tensors(const std::string& name,
                                                          const libquant::QuantizedLinear& q,
                                                          formats::WeightLayout layout, bool own_levels);
+// A matrix in FP8, the same: NAME.weight and NAME.weight_scale.
+std::vector<formats::FireqWriter::Tensor> fp8_tensors(const std::string& name, const libquant::Fp8Linear& q);
 
 // Fills `out` (allocated: shape, the folder's levels, number of second-level scales) from a file that holds
 // those tensors. Error(input) when one is missing, has another size or breaks a rule.
 void read_packed(const formats::SafetensorsFile& file, const std::string& name, formats::WeightLayout layout,
                  libquant::QuantizedLinear& out);
+// The same for FP8; `out` has its shape.
+void read_fp8(const formats::SafetensorsFile& file, const std::string& name, libquant::Fp8Linear& out);
 
 }  // namespace fireq::calib

@@ -9,8 +9,10 @@
 
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/linear_quantizer.hpp"
 #include "calib/model_card.hpp"
 #include "calib/packed_tensors.hpp"
+#include "calib/plain_tensors.hpp"
 #include "calib/two_streams.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -20,13 +22,12 @@ namespace fireq::calib {
 namespace {
 
 using formats::FireqWriter;
+using formats::ModulePrecision;
 using formats::WeightLayout;
 using libquant::QuantizedLinear;
 using libquant::RowScale;
 using StagedTensor = FireqWriter::Tensor;
 
-constexpr std::uint64_t kFixedMemory = 200'000'000;
-constexpr std::uint64_t kRowsPerTask = 32;
 constexpr std::string_view kStatisticsFile = "calibration.h5";
 
 std::string layer_unit(std::uint64_t layer) {
@@ -51,75 +52,6 @@ void sort_by_name(std::vector<StagedTensor>& tensors) {
             [](const StagedTensor& a, const StagedTensor& b) { return a.plan.name < b.plan.name; });
 }
 
-// The per-tensor search; add(search, begin, count) feeds it rows. Sums are integers: any cut gives the same
-// s.
-template <typename Add>
-libquant::TensorScaleSearch search_tensor_scale(const Recipe& recipe, std::uint64_t rows, int threads,
-                                                const Add& add) {
-  constexpr std::uint64_t kRows = 256;
-  const libquant::TensorScaleSearch empty(recipe.weights.tensor_search_threshold);
-  std::vector<libquant::TensorScaleSearch> part((rows + kRows - 1) / kRows, empty);
-  parallel_for(part.size(), threads,
-               [&](std::size_t t) { add(part[t], t * kRows, std::min(kRows, rows - t * kRows)); });
-  libquant::TensorScaleSearch total = empty;
-  for (const auto& p : part) total.merge(p);
-  return total;
-}
-
-// One linear from FP32 rows. Rows are independent, so any split over threads gives the same bytes.
-// saturated_groups: see TensorScaleSearch.
-QuantizedLinear quantize_folded(const LinearWeights& w, const Recipe& recipe,
-                                std::span<const float> input_mean_square, int threads,
-                                std::uint64_t& saturated_groups) {
-  const bool per_tensor = recipe.weights.row_scale == RowScale::tensor;
-  QuantizedLinear q = libquant::make_quantized_linear(w.rows, w.cols, recipe.weights.levels, per_tensor);
-  const std::uint64_t tasks = (w.rows + kRowsPerTask - 1) / kRowsPerTask;
-  const std::span<const float> all(w.weight);
-  if (per_tensor) {
-    const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
-      search.add_rows(all.subspan(begin * w.cols, count * w.cols), count, w.cols);
-    };
-    const libquant::TensorScaleSearch found = search_tensor_scale(recipe, w.rows, threads, add);
-    q.row_scales[0] = 1.0F / found.scale();
-    saturated_groups = found.saturated_groups();
-  }
-  parallel_for(tasks, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, w.rows - begin);
-    libquant::quantize_rows(all.subspan(begin * w.cols, count * w.cols), begin, count, recipe.weights,
-                            recipe.weighted_search ? input_mean_square : std::span<const float>{}, q);
-  });
-  return q;
-}
-
-// One linear straight from the checkpoint's bytes, when nothing is folded into it.
-QuantizedLinear quantize_raw(const TensorView& view, const Recipe& recipe,
-                             std::span<const float> input_mean_square, int threads,
-                             std::uint64_t& saturated_groups) {
-  const std::uint64_t rows = view.shape[0];
-  const std::uint64_t cols = view.shape[1];
-  const bool per_tensor = recipe.weights.row_scale == RowScale::tensor;
-  QuantizedLinear q = libquant::make_quantized_linear(rows, cols, recipe.weights.levels, per_tensor);
-  const std::uint64_t row_bytes = cols * dtype_size(view.dtype);
-  const std::uint64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
-  if (per_tensor) {
-    const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
-      search.add_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, count, cols);
-    };
-    const libquant::TensorScaleSearch found = search_tensor_scale(recipe, rows, threads, add);
-    q.row_scales[0] = 1.0F / found.scale();
-    saturated_groups = found.saturated_groups();
-  }
-  parallel_for(tasks, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, rows - begin);
-    libquant::quantize_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, begin,
-                                count, recipe.weights,
-                                recipe.weighted_search ? input_mean_square : std::span<const float>{}, q);
-  });
-  return q;
-}
-
 class Job {
  public:
   Job(const WeightSource& source, const QuantizeOptions& options, formats::FileSystem& fs, Progress& progress)
@@ -128,7 +60,8 @@ class Job {
         fs_(fs),
         progress_(progress),
         reader_(source.reader()),
-        config_(source.config()) {}
+        config_(source.config()),
+        modules_(modules_of(source, options.recipe)) {}
 
   QuantizeResult run();
 
@@ -136,10 +69,15 @@ class Job {
   void obtain_statistics(FireqWriter& writer);
   void stage_layer(FireqWriter& writer, std::uint64_t layer);
   void stage_rest(FireqWriter& writer);
-  QuantizedLinear quantize_linear(const std::string& name, std::size_t i, const FoldReport& report,
-                                  LayerWeights* weights);
+  QuantizedLinear quantize_linear(const std::string& name, std::uint64_t layer, std::size_t i,
+                                  const FoldReport& report, const LayerWeights* weights);
+  StagedTensor plain_linear(const std::string& name, std::uint64_t layer, std::size_t i,
+                            const FoldReport& report, const LayerWeights* weights) const;
+  std::vector<StagedTensor> weight_tensors(const std::string& name, std::uint64_t layer, std::size_t i,
+                                           const FoldReport& report, const LayerWeights* weights,
+                                           const QuantizedLayer* together);
   std::vector<StagedTensor> linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
-                                           const LayerWeights* weights, const QuantizedLinear& q);
+                                           const LayerWeights* weights, const QuantizedLayer* together);
   QuantizedLayer quantize_in_streams(std::uint64_t layer, const LayerWeights& weights);
   void replay_layer(FireqWriter& writer, std::uint64_t layer);
   std::array<std::string, 3> fingerprints();
@@ -150,6 +88,7 @@ class Job {
   Progress& progress_;
   const formats::CheckpointReader& reader_;
   const formats::ModelConfig& config_;
+  const Modules modules_;
   std::string model_fingerprint_, text_fingerprint_;
   std::optional<formats::CalibrationStatistics> statistics_;
   std::optional<TwoStreams> streams_;  // where the recipe rounds under curvature
@@ -176,6 +115,7 @@ std::array<std::string, 3> Job::fingerprints() {
     }
     text_fingerprint_ = statistics_->meta.text_fingerprint;
   } else if (options_.calibration) {
+    if (options_.recipe.needs_statistics()) statistics_ = options_.statistics;
     text_fingerprint_ = fingerprint_of_windows(*options_.calibration);
   }
   return {model_fingerprint_, text_fingerprint_, recipe_to_json(options_.recipe)};
@@ -205,22 +145,61 @@ void Job::obtain_statistics(FireqWriter& writer) {
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-QuantizedLinear Job::quantize_linear(const std::string& name, std::size_t i, const FoldReport& report,
-                                     LayerWeights* weights) {
+QuantizedLinear Job::quantize_linear(const std::string& name, std::uint64_t layer, std::size_t i,
+                                     const FoldReport& report, const LayerWeights* weights) {
   const std::span<const float> mean_square = report.input_mean_square[i];
+  const ModuleChoice& choice = modules_.linear(layer, i);
+  std::uint64_t saturated = 0;
+  QuantizedLinear q =
+      weights == nullptr
+          ? quantize_raw(reader_.tensor(name + ".weight"), choice, mean_square, options_.threads, saturated)
+          : quantize_folded(weights->linear[i], choice, mean_square, options_.threads, saturated);
+  if (saturated > 0) {
+    progress_.warning(name + ".weight: " + std::to_string(saturated) +
+                      " groups hold weights beyond 448, which a per-tensor scale cuts off; row scales "
+                      "(presets rtn, fast, best) keep them");
+  }
+  result_.saturated_groups += saturated;
+  return q;
+}
+
+// A linear that stays in the source's type: its own bytes, or what was folded or cut out of a fused tensor.
+StagedTensor Job::plain_linear(const std::string& name, std::uint64_t layer, std::size_t i,
+                               const FoldReport& report, const LayerWeights* weights) const {
+  const std::string tensor = name + ".weight";
+  if (!report.weight_changed[i] && reader_.contains(tensor)) return copied(reader_.tensor(tensor));
+  if (weights == nullptr) throw Error(ErrorKind::internal, "a folded linear is missing").tensor(tensor);
+  const LinearWeights& w = weights->linear[i];
+  return plain_tensor(
+      tensor, linear_dtype(reader_, layer, i), {w.rows, w.cols},
+      [&](std::uint64_t begin, std::span<float> out) {
+        std::copy_n(w.weight.begin() + static_cast<std::ptrdiff_t>(begin), out.size(), out.begin());
+      },
+      reader_.folder(), options_.threads);
+}
+
+// together: the layer as the streams quantised it, or null.
+std::vector<StagedTensor> Job::weight_tensors(const std::string& name, std::uint64_t layer, std::size_t i,
+                                              const FoldReport& report, const LayerWeights* weights,
+                                              const QuantizedLayer* together) {
+  const ModuleChoice& choice = modules_.linear(layer, i);
   try {
-    std::uint64_t saturated = 0;
-    QuantizedLinear q = weights == nullptr ? quantize_raw(reader_.tensor(name + ".weight"), options_.recipe,
-                                                          mean_square, options_.threads, saturated)
-                                           : quantize_folded(weights->linear[i], options_.recipe, mean_square,
-                                                             options_.threads, saturated);
-    if (saturated > 0) {
-      progress_.warning(name + ".weight: " + std::to_string(saturated) +
-                        " groups hold weights beyond 448, which a per-tensor scale cuts off; row scales "
-                        "(presets rtn, fast, best) keep them");
+    if (choice.precision == ModulePrecision::original) {
+      return {plain_linear(name, layer, i, report, weights)};
     }
-    result_.saturated_groups += saturated;
-    return q;
+    if (choice.precision == ModulePrecision::fp8) {
+      if (together != nullptr) return fp8_tensors(name, together->fp8[i]);
+      if (weights == nullptr) {
+        return fp8_tensors(name, quantize_fp8(reader_.tensor(name + ".weight"), options_.threads));
+      }
+      const LinearWeights& w = weights->linear[i];
+      return fp8_tensors(name, quantize_fp8(w.weight, w.rows, w.cols, options_.threads));
+    }
+    if (together != nullptr) {
+      return packed_tensors(name, (*together)[i], options_.layout, choice.own_levels);
+    }
+    return packed_tensors(name, quantize_linear(name, layer, i, report, weights), options_.layout,
+                          choice.own_levels);
   } catch (Error& e) {
     e.tensor_if_unset(name + ".weight");
     e.path_if_unset(reader_.contains(name + ".weight") ? reader_.file_of(name + ".weight")
@@ -230,9 +209,9 @@ QuantizedLinear Job::quantize_linear(const std::string& name, std::size_t i, con
 }
 
 std::vector<StagedTensor> Job::linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
-                                              const LayerWeights* weights, const QuantizedLinear& q) {
+                                              const LayerWeights* weights, const QuantizedLayer* together) {
   const std::string name = formats::linear_names(layer)[i];
-  std::vector<StagedTensor> list = packed_tensors(name, q, options_.layout, options_.recipe.train_levels);
+  std::vector<StagedTensor> list = weight_tensors(name, layer, i, report, weights, together);
   if (!formats::linear_has_bias(config_, i)) return list;
   const std::string bias = name + ".bias";
   if (!report.bias_changed[i] && reader_.contains(bias)) {
@@ -265,8 +244,14 @@ void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
   QuantizedLayer quantized;
   for (std::size_t i = 0; i < kLinears; ++i) {
     const auto [rows, cols] = formats::linear_shape(config_, i);
-    quantized[i] = libquant::make_quantized_linear(rows, cols, options_.recipe.weights.levels, false);
-    read_packed(file, names[i], options_.layout, quantized[i]);
+    const ModuleChoice& choice = modules_.linear(layer, i);
+    if (choice.precision == ModulePrecision::int4) {
+      quantized[i] = libquant::make_quantized_linear(rows, cols, choice.weights.levels, false);
+      read_packed(file, names[i], options_.layout, quantized[i]);
+    } else if (choice.precision == ModulePrecision::fp8) {
+      quantized.fp8[i] = libquant::make_fp8_linear(rows, cols);
+      read_fp8(file, names[i], quantized.fp8[i]);
+    }
   }
   streams_->replay(layer, std::move(weights), quantized);
 }
@@ -286,7 +271,8 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   const bool all_separate = std::all_of(
       names.begin(), names.end(), [&](const std::string& n) { return reader_.contains(n + ".weight"); });
   std::optional<LayerWeights> weights;
-  if (folds || options_.recipe.weighted_search || !all_separate || streams_) {
+  if (folds || options_.recipe.weighted_search || options_.recipe.override_needs_statistics ||
+      !all_separate || streams_) {
     weights = source_.load_layer(layer, options_.threads);
     report =
         fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, *weights);
@@ -298,10 +284,10 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   std::vector<StagedTensor> tensors;
   for (std::size_t i = 0; i < kLinears; ++i) {
     check_interrupt();
-    LayerWeights* const loaded = weights ? &*weights : nullptr;
-    const QuantizedLinear q =
-        streams_ ? std::move(together[i]) : quantize_linear(names[i], i, report, loaded);
-    for (StagedTensor& t : linear_tensors(layer, i, report, loaded, q)) tensors.push_back(std::move(t));
+    const LayerWeights* const loaded = weights ? &*weights : nullptr;
+    const QuantizedLayer* const packed = streams_ ? &together : nullptr;
+    for (StagedTensor& t : linear_tensors(layer, i, report, loaded, packed)) tensors.push_back(std::move(t));
+    together[i] = {};
     if (weights) weights->linear[i] = {};
   }
   const std::string prefix = layer_prefix(layer);
@@ -333,20 +319,33 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   }
 }
 
-bool belongs_to_layer(const std::string& name) {
-  return name.starts_with("model.layers.");
-}
-
-// Tensors outside the layers go through byte for byte; of those inside, only what the layer staging names is
-// used.
+// Tensors outside the layers go through byte for byte, unless they are to be in FP8; of those inside, only
+// what the layer staging names is used.
 void Job::stage_rest(FireqWriter& writer) {
   if (writer.unit_done("rest")) return;
   std::vector<StagedTensor> tensors;
+  std::vector<std::string> used;
   for (const std::string& name : reader_.names()) {
-    if (!belongs_to_layer(name)) tensors.push_back(copied(reader_.tensor(name)));
+    if (name.starts_with("model.layers.")) continue;
+    used.push_back(name);
+    const bool fp8 = (name == "model.embed_tokens.weight" && modules_.embeddings() == ModulePrecision::fp8) ||
+                     (name == "lm_head.weight" && modules_.head() == ModulePrecision::fp8);
+    if (!fp8) {
+      tensors.push_back(copied(reader_.tensor(name)));
+      continue;
+    }
+    try {
+      for (StagedTensor& t : fp8_tensors(name.substr(0, name.rfind('.')),
+                                         quantize_fp8(reader_.tensor(name), options_.threads))) {
+        tensors.push_back(std::move(t));
+      }
+    } catch (Error& e) {
+      throw e.tensor_if_unset(name).path_if_unset(reader_.file_of(name));
+    }
   }
+  sort_by_name(tensors);
   writer.stage("rest", tensors);
-  for (const StagedTensor& t : tensors) reader_.release(t.plan.name);
+  for (const std::string& name : used) reader_.release(name);
 }
 
 QuantizeResult Job::run() {
@@ -370,7 +369,7 @@ QuantizeResult Job::run() {
     if (!writer.unit_done(layer_unit(layer))) last_open_layer_ = layer;
   }
   if (options_.recipe.curvature) {
-    streams_.emplace(source_, *options_.calibration, options_.recipe, options_.threads);
+    streams_.emplace(source_, *options_.calibration, options_.recipe, options_.threads, &modules_);
   }
   progress_.begin("quantize", config_.layers);
   std::vector<std::string> units{"rest"};
@@ -392,6 +391,8 @@ QuantizeResult Job::run() {
   quantization.row_scale_per_row = options_.recipe.weights.row_scale == RowScale::row;
   quantization.layout = options_.layout;
   quantization.kv_cache = options_.recipe.kv_cache;
+  quantization.ignore = modules_.ignored();
+  quantization.fp8 = modules_.fp8();
   quantization.recipe_json = recipe_to_json(options_.recipe);
   quantization.source_fingerprint = model_fingerprint_;
   if (statistics_) {
@@ -411,95 +412,16 @@ QuantizeResult Job::run() {
 
   result_.bytes_before = plan.bytes_before;
   result_.bytes_after = plan.bytes_after;
-  result_.linears = plan.linears.size();
+  for (const LinearPlan& l : plan.linears) {
+    ++(l.precision == ModulePrecision::int4  ? result_.linears
+       : l.precision == ModulePrecision::fp8 ? result_.fp8_linears
+                                             : result_.plain_linears);
+  }
   result_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return result_;
 }
 
 }  // namespace
-
-QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options) {
-  const formats::ModelConfig& config = source.config();
-  const formats::CheckpointReader& reader = source.reader();
-  const FoldReport changes = planned_changes(config, options.recipe);
-  QuantizePlan plan;
-  plan.bytes_before = reader.total_bytes();
-  const bool per_tensor = options.recipe.weights.row_scale == RowScale::tensor;
-  std::uint64_t layer_elements = 0;
-  std::set<std::string> replaced;
-  for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
-    const auto names = formats::linear_names(layer);
-    for (std::size_t i = 0; i < kLinears; ++i) {
-      const auto [rows, cols] = formats::linear_shape(config, i);
-      LinearPlan linear{names[i], rows, cols, 0, 0};
-      const std::string tensor = names[i] + ".weight";
-      const std::uint64_t groups = (cols + libquant::kGroupSize - 1) / libquant::kGroupSize;
-      linear.bytes_before =
-          rows * cols * (reader.contains(tensor) ? dtype_size(reader.tensor(tensor).dtype) : 2);
-      linear.bytes_after =
-          (options.layout == WeightLayout::sm90 ? libquant::tile_bytes(rows, cols)
-                                                : rows * groups * (libquant::kGroupSize / 2 + 1)) +
-          (per_tensor ? 1 : rows) * sizeof(float) + 2 * sizeof(std::int64_t) +
-          (options.recipe.train_levels ? 8 * sizeof(float) : 0);
-      plan.bytes_after += linear.bytes_after;
-      if (formats::linear_has_bias(config, i)) {
-        // As stored, unless something is folded into it or it is cut from a fused one: then in FP32.
-        const std::string bias = names[i] + ".bias";
-        const bool stored = reader.contains(bias) && !changes.bias_changed[i];
-        plan.bytes_after += stored ? reader.tensor(bias).data.size() : rows * sizeof(float);
-      }
-      if (layer == 0) layer_elements += rows * cols;
-      replaced.insert(tensor);
-      plan.linears.push_back(std::move(linear));
-    }
-    if (options.recipe.key_s) plan.bytes_after += config.kv_rows() * sizeof(float);
-    if (options.recipe.key_centre) plan.bytes_after += config.kv_rows() * sizeof(float);
-  }
-  for (const std::string& name : reader.names()) {
-    if (replaced.contains(name)) continue;
-    const TensorView view = reader.tensor(name);
-    std::string why = "copied as it is";
-    bool folded_f32 = false;
-    if (belongs_to_layer(name)) {
-      if (name.ends_with("qkv_proj.weight") || name.ends_with("gate_up_proj.weight") ||
-          name.ends_with("qkv_proj.bias") || name.ends_with("gate_up_proj.bias"))
-        continue;  // cut into its linears
-      if (name.ends_with("rotary_emb.inv_freq")) {
-        plan.kept.emplace_back(name, "dropped: the frequencies follow from config.json");
-        continue;
-      }
-      if (name.ends_with("norm.weight")) {
-        folded_f32 =
-            (changes.mlp_norm_changed && name.ends_with("post_attention_layernorm.weight")) ||
-            (changes.qk_norm_changed && (name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight")));
-        why = folded_f32 ? "norm weight, smoothing folded in, kept in F32" : "norm weight";
-      } else if (name.ends_with(".bias")) {
-        plan.kept.emplace_back(name, "bias");  // counted with its linear
-        continue;
-      }
-    } else if (name == "model.embed_tokens.weight") {
-      why = "embedding: looked up, not multiplied";
-    } else if (name == "lm_head.weight") {
-      why = "output head: the recipe quantises the decoder layers' linears only";
-    } else if (name == "model.norm.weight") {
-      why = "norm weight";
-    }
-    plan.bytes_after += folded_f32 ? view.elements() * sizeof(float) : view.data.size();
-    plan.kept.emplace_back(name, why);
-  }
-  plan.largest_layer_fp32 = layer_elements * sizeof(float);
-  if (options.calibration && options.recipe.needs_statistics() && !options.statistics_path) {
-    // Hidden states of all windows; a layer's working set is bounded and part of the fixed share.
-    plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
-  }
-  if (options.recipe.needs_text() && options.calibration) {
-    plan.calibration_bytes = TwoStreams::bytes(config, options.recipe, *options.calibration);
-    // The layer as it is, its targets and its panels for both streams.
-    plan.peak_memory = 2 * plan.largest_layer_fp32;
-  }
-  plan.peak_memory += 2 * plan.largest_layer_fp32 + plan.calibration_bytes + kFixedMemory;
-  return plan;
-}
 
 QuantizeResult quantize_model(const WeightSource& source, const QuantizeOptions& options,
                               formats::FileSystem& fs, Progress& progress) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "calib/dataset.hpp"
+#include "calib/modules.hpp"
 #include "calib/recipe.hpp"
 #include "calib/weights.hpp"
 #include "common/progress.hpp"
@@ -21,6 +22,8 @@ struct QuantizeOptions {
   // One of these where the recipe needs statistics: windows to calibrate on, or a statistics file.
   std::optional<Windows> calibration;
   std::optional<std::string> statistics_path;
+  // Statistics that were collected on `calibration` in this run already, their meta filled in.
+  std::optional<formats::CalibrationStatistics> statistics;
   std::uint64_t seed = 0;  // recorded: the draw of the windows
   formats::FireqWriter::Mode mode = formats::FireqWriter::Mode::fresh;
   bool force = false;
@@ -34,6 +37,7 @@ struct LinearPlan {
   std::string name;
   std::uint64_t rows = 0, cols = 0;
   std::uint64_t bytes_before = 0, bytes_after = 0;
+  formats::ModulePrecision precision = formats::ModulePrecision::int4;
 };
 
 // What a run will do and write, known without running it.
@@ -49,16 +53,14 @@ struct QuantizePlan {
 };
 QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options);
 
-struct LayerReport {
-  double relative_error =
-      0;  // Frobenius, all seven linears against the folded weights (0 for linears read raw)
-  std::uint64_t clamped = 0;
-  std::uint64_t zero_channels = 0;
-};
+// Bytes of one linear's weight, without a bias, as `choice` would have it stored.
+std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& options, std::uint64_t layer,
+                           std::size_t linear, const ModuleChoice& choice);
 
 struct QuantizeResult {
-  std::uint64_t bytes_before = 0, bytes_after = 0;  // tensor data
-  std::uint64_t linears = 0, resumed_layers = 0;
+  std::uint64_t bytes_before = 0, bytes_after = 0;                // tensor data
+  std::uint64_t linears = 0, fp8_linears = 0, plain_linears = 0;  // in 4 bits, in FP8, as they were
+  std::uint64_t resumed_layers = 0;
   std::uint64_t clamped = 0, zero_channels = 0;
   std::uint64_t saturated_groups = 0;  // with a weight that the per-tensor scale cut off
   std::uint64_t dead_channels = 0;     // inputs that were always zero on the calibration text

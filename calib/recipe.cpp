@@ -15,6 +15,7 @@
 namespace fireq::calib {
 namespace {
 
+using formats::ModulePrecision;
 using libquant::Levels;
 using libquant::Rounding;
 using libquant::RowScale;
@@ -64,8 +65,14 @@ constexpr Choices<RowScale, 2> kRowScales{{{"row", RowScale::row}, {"tensor", Ro
 constexpr Choices<Rounding, 2> kRoundings{{{"value", Rounding::value}, {"product", Rounding::product}}};
 constexpr Choices<ValueScaling, 3> kValueScalings{
     {{"off", ValueScaling::off}, {"channel", ValueScaling::channel}, {"scalar", ValueScaling::scalar}}};
+constexpr Choices<ModulePrecision, 3> kPrecisions{{{"int4", ModulePrecision::int4},
+                                                   {"fp8", ModulePrecision::fp8},
+                                                   {"original", ModulePrecision::original}}};
+constexpr Choices<ModulePrecision, 2> kTablePrecisions{
+    {{"original", ModulePrecision::original}, {"fp8", ModulePrecision::fp8}}};
 constexpr Choices<Target, 2> kTargets{{{"fireq", Target::fireq}, {"vllm", Target::vllm}}};
 constexpr const char* kTargetKey = "for";
+constexpr const char* kWeights = "weights";
 
 constexpr Choices<KeyFactors, 2> kKeyFactors{
     {{"maxima", KeyFactors::maxima}, {"moments", KeyFactors::moments}}};
@@ -96,60 +103,201 @@ struct Field {
   std::string_view section, key;  // section "" is the top level
   std::function<void(Recipe&, const json&)> set;
   std::function<json(const Recipe&)> get;
+  json schema;
 };
 
+json number_schema(double low, double high) {
+  return {{"type", "number"}, {"minimum", low}, {"maximum", high}};
+}
+
+json whole_schema(double low, double high) {
+  return {{"type", "integer"}, {"minimum", low}, {"maximum", high}};
+}
+
+// Whole, as JSON Schema has it: 4.0 is, too.
+bool is_whole(const json& v) {
+  return v.is_number() && std::floor(v.get<double>()) == v.get<double>();
+}
+
+template <typename T, std::size_t N>
+Field choice(std::string_view section, std::string_view key, const Choices<T, N>& choices,
+             T Recipe::*member) {
+  json names = json::array();
+  for (const auto& [name, value] : choices) names.push_back(name);
+  return {section,
+          key,
+          [&choices, member](Recipe& r, const json& v) { r.*member = choose(choices, v); },
+          [&choices, member](const Recipe& r) { return json(name_of(choices, r.*member)); },
+          {{"enum", names}}};
+}
+
 Field flag(std::string_view section, std::string_view key, bool Recipe::*member) {
-  return {section, key, [member](Recipe& r, const json& v) { r.*member = boolean(v); },
-          [member](const Recipe& r) { return json(r.*member); }};
+  return {section,
+          key,
+          [member](Recipe& r, const json& v) { r.*member = boolean(v); },
+          [member](const Recipe& r) { return json(r.*member); },
+          {{"type", "boolean"}}};
 }
 
 Field number(std::string_view section, std::string_view key, double Recipe::*member, double low,
              double high) {
   return {section, key, [=](Recipe& r, const json& v) { r.*member = number_in(v, low, high); },
-          [member](const Recipe& r) { return json(r.*member); }};
+          [member](const Recipe& r) { return json(r.*member); }, number_schema(low, high)};
 }
 
 Field count(std::string_view section, std::string_view key, std::uint64_t Recipe::*member, double high,
             const char* expected) {
   return {section, key,
           [=](Recipe& r, const json& v) {
-            if (!v.is_number_unsigned()) refuse(expected, v);
+            if (!is_whole(v)) refuse(expected, v);
             r.*member = static_cast<std::uint64_t>(number_in(v, 0, high));
           },
-          [member](const Recipe& r) { return json(r.*member); }};
+          [member](const Recipe& r) { return json(r.*member); }, whole_schema(0, high)};
+}
+
+template <typename T, std::size_t N>
+Field weight_choice(std::string_view key, const Choices<T, N>& choices,
+                    T libquant::WeightQuantizerOptions::*member) {
+  json names = json::array();
+  for (const auto& [name, value] : choices) names.push_back(name);
+  return {kWeights,
+          key,
+          [&choices, member](Recipe& r, const json& v) { r.weights.*member = choose(choices, v); },
+          [&choices, member](const Recipe& r) { return json(name_of(choices, r.weights.*member)); },
+          {{"enum", names}}};
 }
 
 std::vector<Field> weight_fields() {
+  const json magnitudes = {
+      {"type", "array"}, {"items", number_schema(0, 448)}, {"minItems", 8}, {"maxItems", 8}};
+  const json search = {{"type", "array"},
+                       {"prefixItems", {whole_schema(-32, 0), whole_schema(0, 32)}},
+                       {"minItems", 2},
+                       {"maxItems", 2}};
   return {
-      {"weights", "levels",
+      {kWeights,
+       "levels",
        [](Recipe& r, const json& v) {
          r.train_levels = v == kTrained;
          r.weights.levels = r.train_levels ? Levels::normal() : levels_from(v);
        },
-       [](const Recipe& r) { return r.train_levels ? json(kTrained) : levels_to(r.weights.levels); }},
-      {"weights", "row_scale", [](Recipe& r, const json& v) { r.weights.row_scale = choose(kRowScales, v); },
-       [](const Recipe& r) { return json(name_of(kRowScales, r.weights.row_scale)); }},
-      {"weights", "rounding", [](Recipe& r, const json& v) { r.weights.rounding = choose(kRoundings, v); },
-       [](const Recipe& r) { return json(name_of(kRoundings, r.weights.rounding)); }},
-      {"weights", "search",
+       [](const Recipe& r) { return r.train_levels ? json(kTrained) : levels_to(r.weights.levels); },
+       {{"anyOf", {{{"enum", {"int4", "normal", kTrained}}}, magnitudes}}}},
+      weight_choice("row_scale", kRowScales, &libquant::WeightQuantizerOptions::row_scale),
+      weight_choice("rounding", kRoundings, &libquant::WeightQuantizerOptions::rounding),
+      {kWeights, "search",
        [](Recipe& r, const json& v) {
-         if (!v.is_array() || v.size() != 2 || !v[0].is_number_integer() || !v[1].is_number_integer()) {
+         if (!v.is_array() || v.size() != 2 || !is_whole(v[0]) || !is_whole(v[1])) {
            refuse("[low, high] whole numbers of scale codes, for example [-7, 2]", v);
          }
-         const double low = number_in(v[0], -32, 0);
-         const double high = number_in(v[1], 0, 32);
-         r.weights.search_low = static_cast<int>(low);
-         r.weights.search_high = static_cast<int>(high);
+         r.weights.search_low = static_cast<int>(number_in(v[0], -32, 0));
+         r.weights.search_high = static_cast<int>(number_in(v[1], 0, 32));
        },
        [](const Recipe& r) {
          return json{r.weights.search_low, r.weights.search_high};
-       }},
-      flag("weights", "weighted_search", &Recipe::weighted_search),
-      {"weights", "tensor_search_threshold",
+       },
+       search},
+      flag(kWeights, "weighted_search", &Recipe::weighted_search),
+      {kWeights, "tensor_search_threshold",
        [](Recipe& r, const json& v) {
          r.weights.tensor_search_threshold = static_cast<float>(number_in(v, 0x1p-20, 448));
        },
-       [](const Recipe& r) { return json(static_cast<double>(r.weights.tensor_search_threshold)); }},
+       [](const Recipe& r) { return json(static_cast<double>(r.weights.tensor_search_threshold)); },
+       number_schema(0x1p-20, 448)},
+  };
+}
+
+// Modules.
+
+constexpr std::string_view kOverrideKeys[] = {"match", "precision", "weights"};
+
+const std::string& pattern_text(const json& v) {
+  if (!v.is_string() || v.get_ref<const std::string&>().empty()) refuse("a pattern, as text", v);
+  return v.get_ref<const std::string&>();
+}
+
+void set_ignore(Recipe& r, const json& v) {
+  if (!v.is_array()) refuse("a list of patterns", v);
+  r.ignore.clear();
+  for (const json& pattern : v) r.ignore.push_back(pattern_text(pattern));
+}
+
+void apply(Recipe& recipe, std::string_view section, const json& object);
+
+// What an override says of weights, checked as a recipe's own keys are.
+void check_weight_keys(const Recipe& recipe, const json& keys) {
+  if (!keys.is_object()) refuse("an object with keys of \"weights\"", keys);
+  if (keys.contains("row_scale")) {
+    throw Error(ErrorKind::usage, "value is not allowed")
+        .expected("any key of \"weights\" but row_scale, which is one for the folder")
+        .found("row_scale");
+  }
+  Recipe scratch = recipe;
+  apply(scratch, kWeights, keys);
+}
+
+void set_overrides(Recipe& r, const json& v) {
+  if (!v.is_array()) refuse("a list of objects {\"match\", \"precision\", \"weights\"}", v);
+  r.overrides.clear();
+  r.override_needs_statistics = false;
+  for (const json& item : v) {
+    if (!item.is_object() || !item.contains("match")) refuse("objects with a key \"match\"", item);
+    Override o;
+    for (const auto& entry : item.items()) {
+      const std::string& key = entry.key();
+      const json& value = entry.value();
+      if (key == "match") {
+        o.match = pattern_text(value);
+      } else if (key == "precision") {
+        o.precision = choose(kPrecisions, value);
+      } else if (key == "weights") {
+        check_weight_keys(r, value);
+        o.weights_json = value.dump();
+        r.override_needs_statistics |= value.value("weighted_search", false);
+      } else {
+        throw Error(ErrorKind::usage, "recipe key 'overrides." + key + "' is not known")
+            .hint("did you mean 'overrides." +
+                  nearest_name(key, {std::begin(kOverrideKeys), std::end(kOverrideKeys)}) + "'?");
+      }
+    }
+    r.overrides.push_back(std::move(o));
+  }
+}
+
+json overrides_to(const Recipe& r) {
+  json list = json::array();
+  for (const Override& o : r.overrides) {
+    json item = {{"match", o.match}};
+    if (o.precision) item["precision"] = name_of(kPrecisions, *o.precision);
+    if (!o.weights_json.empty()) item["weights"] = json::parse(o.weights_json);
+    list.push_back(std::move(item));
+  }
+  return list;
+}
+
+std::vector<Field> module_fields() {
+  const json pattern = {{"type", "string"}, {"minLength", 1}};
+  json keys = json::object();
+  for (const Field& f : weight_fields()) {
+    if (f.key != "row_scale") keys[std::string(f.key)] = f.schema;
+  }
+  json names = json::array();
+  for (const auto& [name, value] : kPrecisions) names.push_back(name);
+  const json weights = {{"type", "object"}, {"properties", keys}, {"additionalProperties", false}};
+  const json item = {
+      {"type", "object"},
+      {"properties", {{"match", pattern}, {"precision", {{"enum", names}}}, {"weights", weights}}},
+      {"required", json::array({"match"})},
+      {"additionalProperties", false}};
+  return {
+      {"",
+       "ignore",
+       set_ignore,
+       [](const Recipe& r) { return json(r.ignore); },
+       {{"type", "array"}, {"items", pattern}}},
+      {"", "overrides", set_overrides, overrides_to, {{"type", "array"}, {"items", item}}},
+      choice("", "embeddings", kTablePrecisions, &Recipe::embeddings),
+      choice("", "head", kTablePrecisions, &Recipe::head),
   };
 }
 
@@ -167,8 +315,7 @@ const std::vector<Field>& fields() {
         flag("curvature", "outputs", &Recipe::output_curvature),
         number("curvature", "output_damping", &Recipe::output_damping, 1e-6, 1e3),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
-        {"smoothing", "lambda1", [](Recipe& r, const json& v) { r.lambda1 = choose(kValueScalings, v); },
-         [](const Recipe& r) { return json(name_of(kValueScalings, r.lambda1)); }},
+        choice("smoothing", "lambda1", kValueScalings, &Recipe::lambda1),
         number("smoothing", "lambda1_c", &Recipe::lambda1_c, 1e-6, 1e3),
         number("smoothing", "lambda1_scalar", &Recipe::lambda1_scalar, 1e-3, 1e3),
         flag("smoothing", "lambda2", &Recipe::lambda2),
@@ -177,8 +324,7 @@ const std::vector<Field>& fields() {
         number("smoothing", "lambda3_c", &Recipe::lambda3_c, 1e-6, 1e3),
         flag("keys", "n", &Recipe::key_n),
         flag("keys", "s", &Recipe::key_s),
-        {"keys", "factors", [](Recipe& r, const json& v) { r.key_factors = choose(kKeyFactors, v); },
-         [](const Recipe& r) { return json(name_of(kKeyFactors, r.key_factors)); }},
+        choice("keys", "factors", kKeyFactors, &Recipe::key_factors),
         flag("keys", "centre", &Recipe::key_centre),
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
@@ -188,10 +334,11 @@ const std::vector<Field>& fields() {
         flag("values", "power_of_two", &Recipe::value_power_of_two),
         flag("values", "rotate", &Recipe::value_rotation),
         flag("", "kv_cache", &Recipe::kv_cache),
-        {"", kTargetKey, [](Recipe& r, const json& v) { r.target = choose(kTargets, v); },
-         [](const Recipe& r) { return json(name_of(kTargets, r.target)); }},
+        choice("", kTargetKey, kTargets, &Recipe::target),
     };
     std::move(rest.begin(), rest.end(), std::back_inserter(list));
+    std::vector<Field> modules = module_fields();
+    std::move(modules.begin(), modules.end(), std::back_inserter(list));
     return list;
   }();
   return all;
@@ -222,6 +369,7 @@ void apply(Recipe& recipe, std::string_view section, const json& object) {
       try {
         field->set(recipe, value);
       } catch (Error& e) {
+        if (e.message().starts_with("recipe key")) throw;  // of a key inside this one
         throw Error(ErrorKind::usage, "recipe key '" + full_name(section, key) + "': " + e.message())
             .expected(e.expected())
             .found(e.found());
@@ -324,6 +472,11 @@ void check_target(const Recipe& r) {
   require(!r.key_centre, "keys.centre", "false: the mean is taken off between RoPE and the cache", "true");
   require(!r.kv_cache, "kv_cache", "false", "true");
   require(!r.stream_kv, "curvature.kv_stream", "false", "true");
+  for (const Override& o : r.overrides) {
+    if (o.weights_json.empty()) continue;
+    const Levels levels = with_weight_keys(r, o.weights_json).weights.levels;
+    require(levels.is_int4(), "overrides.weights.levels", "\"int4\"", levels.name());
+  }
 }
 
 }  // namespace
@@ -381,6 +534,37 @@ std::string recipe_to_json(const Recipe& recipe) {
     }
   }
   return root.dump();
+}
+
+Recipe with_weight_keys(Recipe recipe, const std::string& weights_json) {
+  apply(recipe, kWeights, json::parse(weights_json));
+  return recipe;
+}
+
+std::string precision_name(ModulePrecision precision) {
+  return std::string(name_of(kPrecisions, precision));
+}
+
+std::string recipe_schema() {
+  const json presets = {"rtn", "paper", "fast", "best"};
+  json root = {{"$schema", "https://json-schema.org/draft/2020-12/schema"},
+               {"title", "FireQ recipe"},
+               {"description", "docs/recipes.md says what the keys mean"},
+               {"type", "object"},
+               {"additionalProperties", false},
+               {"properties", {{"preset", {{"enum", presets}}}}}};
+  json& properties = root["properties"];
+  for (const Field& f : fields()) {
+    if (f.section.empty()) {
+      properties[std::string(f.key)] = f.schema;
+      continue;
+    }
+    json& section = properties[std::string(f.section)];
+    section["type"] = "object";
+    section["additionalProperties"] = false;
+    section["properties"][std::string(f.key)] = f.schema;
+  }
+  return root.dump(2) + "\n";
 }
 
 }  // namespace fireq::calib

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "formats/fireq_folder.hpp"
 #include "libquant/quantized_linear.hpp"
 
 namespace fireq::calib {
@@ -18,6 +21,13 @@ enum class ValueScaling : std::uint8_t {
 // What has to run the result: this toolkit's own kernels, or vLLM (an exported folder, docs/export.md).
 enum class Target : std::uint8_t { fireq, vllm };
 enum class KeyFactors : std::uint8_t { maxima, moments };  // what N and S are made from
+
+// What differs from the rest of the recipe in the modules that a pattern matches (calib/modules.hpp).
+struct Override {
+  std::string match;
+  std::optional<formats::ModulePrecision> precision;
+  std::string weights_json;  // keys of "weights" as a JSON object; empty: none
+};
 
 struct Recipe {
   Target target = Target::fireq;
@@ -56,9 +66,15 @@ struct Recipe {
   bool value_power_of_two = false;
   bool value_rotation = false;  // values spread over their head's channels, in W_v and W_o
   bool kv_cache = true;         // the folder asks for the INT4 cache
+  // Modules. Overrides are applied in order, then `ignore`, which leaves modules in the source's own type.
+  std::vector<std::string> ignore;
+  std::vector<Override> overrides;
+  bool override_needs_statistics = false;  // one of them has a weighted search
+  formats::ModulePrecision embeddings = formats::ModulePrecision::original;
+  formats::ModulePrecision head = formats::ModulePrecision::original;
 
   bool needs_statistics() const noexcept {
-    return weighted_search || key_n || key_s || key_centre || value_power_of_two;
+    return weighted_search || override_needs_statistics || key_n || key_s || key_centre || value_power_of_two;
   }
   bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };
@@ -72,5 +88,11 @@ Recipe preset_recipe(const std::string& name, Target target = Target::fireq);
 Recipe parse_recipe(const std::string& json_text, const std::string& path_for_errors,
                     Target target = Target::fireq);
 std::string recipe_to_json(const Recipe& recipe);  // canonical: sorted keys, every key present
+// The recipe with the keys "weights" of an override in place of its own.
+Recipe with_weight_keys(Recipe recipe, const std::string& weights_json);
+std::string precision_name(formats::ModulePrecision precision);  // as in a recipe
+// The JSON Schema (2020-12) of a recipe, from the same table of keys that parse_recipe uses. What depends on
+// two keys together is parse_recipe's alone.
+std::string recipe_schema();
 
 }  // namespace fireq::calib

@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "calib/linear_quantizer.hpp"
 #include "calib/simd.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -17,6 +18,7 @@
 namespace fireq::calib {
 namespace {
 
+using formats::ModulePrecision;
 using libquant::Curvature;
 using libquant::QuantizedLinear;
 
@@ -67,11 +69,13 @@ struct TwoStreams::Layer {
   std::optional<OutputSums> outputs;
 };
 
-TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads)
+TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads,
+                       const Modules* modules)
     : source_(source),
       windows_(windows),
       recipe_(recipe),
       threads_(threads),
+      modules_(modules),
       rope_(source.config(), windows.length),
       original_runner_(source.config(), Precision{}, threads),
       quantized_runner_(source.config(), quantized_precision(recipe), threads),
@@ -141,7 +145,7 @@ void TwoStreams::run(Layer& work) {
     const std::vector<LinearIndex> list(which);
     if (sums) quantize_linears(work, list, *sums, residual, site);
     for (const LinearIndex i : list) {
-      work.quantized.linear[i] = operand_panels(work.result[i], work.weights.linear[i].bias, threads_);
+      work.quantized.linear[i] = stored_panels(work, i);
       std::vector<float>().swap(work.weights.linear[i].weight);
     }
   };
@@ -340,9 +344,12 @@ void TwoStreams::add(const Batch& batch, SiteBatch& site, std::uint64_t channels
 
 void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> which, Curvature& sums,
                                   std::span<const float> residual, const char* site) {
+  const auto stays = [&](LinearIndex i) { return precision(work, i) == ModulePrecision::original; };
+  if (std::all_of(which.begin(), which.end(), stays)) return;
   if (recipe_.compensate) {
     const libquant::TargetSolver solver(sums, recipe_.target_ridge, threads_);
     for (const LinearIndex i : which) {
+      if (stays(i)) continue;
       check_interrupt();
       LinearWeights& w = work.weights.linear[i];
       solver.compensate(w.weight, w.rows, residual, threads_);
@@ -354,28 +361,35 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   if (factor.raised) work.report->raised.emplace_back(site);
   libquant::CurvatureQuantizerOptions options;
   options.row_scale = libquant::RowScale::row;
-  options.search_low = recipe_.weights.search_low;
-  options.search_high = recipe_.weights.search_high;
   options.passes = static_cast<unsigned>(recipe_.descent_passes);
   options.pin_top_scale = recipe_.weights.pin_top_scale;
   check_interrupt();
   const auto quantize = [&](LinearIndex i) {
+    if (stays(i)) return;
     const LinearWeights& w = work.weights.linear[i];
-    std::optional<libquant::CurvatureFactor> outputs;
-    if (work.outputs) {
-      outputs = libquant::factor_curvature((*work.outputs)[i], recipe_.output_damping, threads_);
-      std::vector<float>().swap((*work.outputs)[i].square);
-    }
+    const ModuleChoice choice = chosen(work, i);
+    libquant::CurvatureQuantizerOptions own = options;
+    own.search_low = choice.weights.search_low;
+    own.search_high = choice.weights.search_high;
     try {
-      libquant::Levels levels = recipe_.weights.levels;
-      if (recipe_.train_levels) {
+      if (choice.precision == ModulePrecision::fp8) {
+        work.result.fp8[i] = quantize_fp8(w.weight, w.rows, w.cols, threads_);
+        return;
+      }
+      std::optional<libquant::CurvatureFactor> outputs;
+      if (work.outputs) {
+        outputs = libquant::factor_curvature((*work.outputs)[i], recipe_.output_damping, threads_);
+        std::vector<float>().swap((*work.outputs)[i].square);
+      }
+      libquant::Levels levels = choice.weights.levels;
+      if (choice.train_levels) {
         std::vector<float> worth(outputs ? w.rows : 0);  // of each row
         for (std::uint64_t r = 0; r < worth.size(); ++r) worth[r] = outputs->matrix[r * w.rows + r];
-        levels = libquant::train_levels(w.weight, w.rows, factor, worth, options, levels, {}, threads_);
+        levels = libquant::train_levels(w.weight, w.rows, factor, worth, own, levels, {}, threads_);
       }
       work.result[i] = libquant::make_quantized_linear(w.rows, w.cols, levels, false);
       const libquant::CurvatureError error = libquant::quantize_with_curvature(
-          w.weight, factor, options, threads_, work.result[i], outputs ? &*outputs : nullptr);
+          w.weight, factor, own, threads_, work.result[i], outputs ? &*outputs : nullptr);
       work.report->error[i] = error.reference > 0 ? std::sqrt(error.final / error.reference) : 0;
     } catch (Error& error) {
       throw error.tensor_if_unset(w.name + ".weight").path_if_unset(source_.reader().folder());
@@ -387,6 +401,34 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
   } else {
     std::for_each(which.begin(), which.end(), quantize);
   }
+}
+
+ModuleChoice TwoStreams::chosen(const Layer& work, std::size_t linear) const {
+  if (modules_ != nullptr) return modules_->linear(work.index, linear);
+  return {ModulePrecision::int4, recipe_.weights, recipe_.weighted_search, recipe_.train_levels};
+}
+
+ModulePrecision TwoStreams::precision(const Layer& work, std::size_t linear) const {
+  return chosen(work, linear).precision;
+}
+
+LinearPanels TwoStreams::stored_panels(const Layer& work, std::size_t linear) const {
+  const LinearWeights& w = work.weights.linear[linear];
+  if (precision(work, linear) == ModulePrecision::int4) {
+    return operand_panels(work.result[linear], w.bias, threads_);
+  }
+  LinearPanels out;
+  out.bias = w.bias;
+  if (precision(work, linear) == ModulePrecision::original) {
+    out.weight = Panels(w.weight, w.rows, w.cols, threads_);
+    return out;
+  }
+  const libquant::Fp8Linear& q = work.result.fp8[linear];
+  std::vector<float> operands(q.codes.size());
+  libquant::decode_e4m3(q.codes, operands);
+  out.weight = Panels(operands, q.rows, q.cols, threads_);
+  out.row_scale = q.row_scales;
+  return out;
 }
 
 void TwoStreams::advance_original(const LinearPanels& linear, const Batch& batch, const SiteBatch& site) {

@@ -16,14 +16,23 @@
 
 #include "calib/dataset.hpp"
 #include "calib/forward.hpp"
+#include "calib/modules.hpp"
 #include "calib/output_gradients.hpp"
 #include "calib/recipe.hpp"
 #include "calib/weights.hpp"
 #include "libquant/curvature.hpp"
+#include "libquant/fp8_linear.hpp"
 
 namespace fireq::calib {
 
-using QuantizedLayer = std::array<libquant::QuantizedLinear, kLinears>;
+// A layer's linears as they are stored: `fp8` of a linear in FP8, `linear` of one in 4 bits; neither of one
+// that stays as it is.
+struct QuantizedLayer {
+  std::array<libquant::QuantizedLinear, kLinears> linear;
+  std::array<libquant::Fp8Linear, kLinears> fp8;
+  libquant::QuantizedLinear& operator[](std::size_t i) { return linear[i]; }
+  const libquant::QuantizedLinear& operator[](std::size_t i) const { return linear[i]; }
+};
 
 // What a layer's quantisation met.
 struct StreamReport {
@@ -34,8 +43,11 @@ struct StreamReport {
 
 class TwoStreams {
  public:
-  // source and windows outlive this.
-  TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads);
+  // source, windows, recipe and modules outlive this. modules: null when all linears are in 4 bits, with the
+  // recipe's weight keys. Inputs of all linears are FP8 in the quantised stream, whatever their own
+  // precision.
+  TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads,
+             const Modules* modules = nullptr);
 
   // weights: the layer's original ones with the recipe's folds. Both streams then stand after the layer.
   QuantizedLayer quantize(std::uint64_t layer, LayerWeights weights, StreamReport& report);
@@ -70,6 +82,9 @@ class TwoStreams {
            libquant::Curvature& sums, std::vector<float>* residual) const;
   void quantize_linears(Layer& work, std::span<const LinearIndex> which, libquant::Curvature& sums,
                         std::span<const float> residual, const char* site);
+  ModuleChoice chosen(const Layer& work, std::size_t linear) const;
+  formats::ModulePrecision precision(const Layer& work, std::size_t linear) const;
+  LinearPanels stored_panels(const Layer& work, std::size_t linear) const;
   void advance_original(const LinearPanels& linear, const Batch& batch, const SiteBatch& site);
   void advance_quantized(const LinearPanels& linear);
   std::vector<Batch> batches() const;
@@ -78,6 +93,7 @@ class TwoStreams {
   const Windows& windows_;
   const Recipe& recipe_;
   const int threads_;
+  const Modules* const modules_;
   RopeTable rope_;
   LayerRunner original_runner_, quantized_runner_;
   std::vector<float> original_, quantized_;  // h_f and h_q [tokens, hidden]

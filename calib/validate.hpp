@@ -28,10 +28,11 @@ struct WorstGroup {
 struct LinearCheck {
   std::string name;
   std::uint64_t rows = 0, cols = 0;
+  formats::ModulePrecision precision = formats::ModulePrecision::int4;
   std::optional<double> relative_error, snr_db;  // Frobenius, against the reference's folded weights
-  std::optional<WorstGroup> worst_group;
-  double product_relative_error = 0;  // FP32 path against FP64 on random FP8 activations
-  double subnormal_scales = 0;        // share of group scales under 2^-6
+  std::optional<WorstGroup> worst_group;         // of 128 columns, whatever the precision
+  double product_relative_error = 0;             // FP32 path against FP64 on random activations
+  double subnormal_scales = 0;                   // share of group scales under 2^-6; 4 bits only
 };
 
 // `packed` is an opened FireQ folder (open_weights already checked names, dtypes and shapes). Throws

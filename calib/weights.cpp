@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "calib/plain_tensors.hpp"
 #include "calib/weights_folder.hpp"
 #include "common/checked.hpp"
 #include "common/error.hpp"
@@ -48,6 +49,13 @@ const Fused* fused_of(std::size_t linear) {
 }
 
 }  // namespace
+
+Dtype linear_dtype(const formats::CheckpointReader& reader, std::uint64_t layer, std::size_t linear) {
+  const std::string own = formats::linear_names(layer)[linear] + ".weight";
+  const Fused* const fused = fused_of(linear);
+  if (reader.contains(own) || fused == nullptr) return reader.tensor(own).dtype;
+  return reader.tensor(layer_name(layer, fused->name) + ".weight").dtype;
+}
 
 void tensor_to_float(const TensorView& view, std::uint64_t begin_element, std::span<float> out,
                      bool check_finite) {
@@ -108,9 +116,9 @@ void FolderWeights::check_tensors() const {
           .hint("set vocab_size to the embedding's rows, or use the checkpoint that belongs to config.json");
     }
   }
-  check_tensor(kEmbedding, {config_.vocab, config_.hidden});
+  if (!is_fp8(formats::kEmbeddingModule)) check_tensor(kEmbedding, {config_.vocab, config_.hidden});
   check_tensor(kFinalNorm, {config_.hidden});
-  if (!config_.tied_embeddings || reader_.contains(kHead))
+  if ((!config_.tied_embeddings || reader_.contains(kHead)) && !is_fp8(formats::kHeadModule))
     check_tensor(kHead, {config_.vocab, config_.hidden});
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     check_tensor(layer_name(layer, "input_layernorm.weight"), {config_.hidden});
@@ -123,7 +131,8 @@ void FolderWeights::check_tensors() const {
     for (std::size_t linear = 0; linear < kLinears; ++linear) {
       const Source source = source_of(layer, linear);
       const auto shape = formats::linear_shape(config_, linear);
-      if (!is_packed(names[linear])) check_tensor(source.name + ".weight", {source.rows, shape[1]});
+      if (!is_packed(names[linear]) && !is_fp8(names[linear]))
+        check_tensor(source.name + ".weight", {source.rows, shape[1]});
       if (formats::linear_has_bias(config_, linear)) check_tensor(source.name + ".bias", {source.rows});
     }
   }
@@ -170,8 +179,11 @@ FolderWeights::Source FolderWeights::source_of(std::uint64_t layer, std::size_t 
 }
 
 bool FolderWeights::is_packed(const std::string& module) const {
-  return quantization_ && std::find(quantization_->ignore.begin(), quantization_->ignore.end(), module) ==
-                              quantization_->ignore.end();
+  return quantization_ && module_precision(*quantization_, module) == formats::ModulePrecision::int4;
+}
+
+bool FolderWeights::is_fp8(const std::string& module) const {
+  return quantization_ && module_precision(*quantization_, module) == formats::ModulePrecision::fp8;
 }
 
 std::vector<float> FolderWeights::values(const std::string& name, std::uint64_t begin, std::uint64_t count,
@@ -205,8 +217,11 @@ LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear
   const Source source = source_of(layer, linear);
   if (is_packed(out.name)) {
     if (operands) load_operands(layer, linear, threads, out);
+  } else if (is_fp8(out.name)) {
+    load_fp8(out.name, threads, out);
   } else {
     out.weight = values(source.name + ".weight", source.begin * shape[1], shape[0] * shape[1], threads);
+    out.plain_input = packed();
   }
   if (formats::linear_has_bias(config_, linear)) {
     out.bias = values(source.name + ".bias", source.begin, shape[0], 1);
@@ -245,6 +260,8 @@ void FolderWeights::embed(std::span<const std::int32_t> ids, std::span<float> ou
   if (out.size() != ids.size() * config_.hidden)
     throw Error(ErrorKind::internal, "embedding of another size");
   const TensorView view = reader_.tensor(kEmbedding);
+  std::optional<Fp8Table> fp8;
+  if (is_fp8(formats::kEmbeddingModule)) fp8.emplace(reader_, formats::kEmbeddingModule);
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || static_cast<std::uint64_t>(ids[i]) >= config_.vocab) {
       throw Error(ErrorKind::input, "token id outside the vocabulary")
@@ -252,9 +269,14 @@ void FolderWeights::embed(std::span<const std::int32_t> ids, std::span<float> ou
           .expected("0 to " + std::to_string(config_.vocab - 1))
           .found(std::to_string(ids[i]) + " at index " + std::to_string(i));
     }
+    const auto row = static_cast<std::uint64_t>(ids[i]);
+    const std::span<float> values = out.subspan(i * config_.hidden, config_.hidden);
+    if (fp8) {
+      fp8->values(row * config_.hidden, values);
+      continue;
+    }
     try {
-      tensor_to_float(view, static_cast<std::uint64_t>(ids[i]) * config_.hidden,
-                      out.subspan(i * config_.hidden, config_.hidden), true);
+      tensor_to_float(view, row * config_.hidden, values, true);
     } catch (Error& error) {
       throw error.path_if_unset(reader_.file_of(kEmbedding));
     }
@@ -272,11 +294,19 @@ void FolderWeights::head_rows(std::uint64_t begin, std::uint64_t count, std::spa
   if (begin + count > config_.vocab || out.size() != count * config_.hidden) {
     throw Error(ErrorKind::internal, "rows outside the output head");
   }
+  const char* const module = name == kHead ? formats::kHeadModule : formats::kEmbeddingModule;
+  if (is_fp8(module)) return Fp8Table(reader_, module).values(begin * config_.hidden, out);
   try {
     tensor_to_float(reader_.tensor(name), begin * config_.hidden, out, true);
   } catch (Error& error) {
     throw error.path_if_unset(reader_.file_of(name));
   }
+}
+
+formats::ModulePrecision WeightSource::precision(std::uint64_t layer, std::size_t linear) const {
+  const formats::QuantizationConfig* const config = quantization();
+  return config == nullptr ? formats::ModulePrecision::original
+                           : module_precision(*config, formats::linear_names(layer)[linear]);
 }
 
 LayerWeights WeightSource::load_unquantized(std::uint64_t /*layer*/, int /*threads*/) const {

@@ -16,14 +16,16 @@
 
 namespace fireq::calib {
 
-// y[n] = row_scale[n] * sum_k x[k] * weight[n, k] + bias[n]. For packed weights `weight` holds the operands'
-// values and row_scale r; for original weights row_scale is empty (ones).
+// y[n] = row_scale[n] * sum_k x[k] * weight[n, k] + bias[n]. For weights in 4 bits or FP8 `weight` holds the
+// operands' values and row_scale r; for original weights row_scale is empty (ones).
 struct LinearWeights {
   std::string name;
   std::uint64_t rows = 0, cols = 0;
   std::vector<float> weight;     // [rows, cols]
   std::vector<float> row_scale;  // empty, [1] or [rows]
   std::vector<float> bias;       // empty or [rows]
+  // Of a FireQ folder's linear in the source's type: its inputs stay 16 bits where others' are FP8.
+  bool plain_input = false;
 };
 
 enum LinearIndex : std::size_t { kQ = 0, kK, kV, kO, kGate, kUp, kDown, kLinears };
@@ -60,11 +62,16 @@ class WeightSource {
   virtual libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const = 0;
   // Packed folders: the folder's quantization_config.
   virtual const formats::QuantizationConfig* quantization() const noexcept = 0;
+  // How a linear is stored; `original` unless this is a FireQ folder.
+  formats::ModulePrecision precision(std::uint64_t layer, std::size_t linear) const;
 };
 
 // HF folder or FireQ folder, told apart by config.json. Checks every tensor's presence and shape against the
 // config first (fused qkv_proj / gate_up_proj tensors are understood).
 std::unique_ptr<WeightSource> open_weights(const std::string& folder);
+
+// The type in which an original checkpoint stores a linear (its own tensor or a fused one).
+Dtype linear_dtype(const formats::CheckpointReader& reader, std::uint64_t layer, std::size_t linear);
 
 // FP32 values of a F32/F16/BF16 tensor; Error(input) naming tensor and index when a value is NaN or Inf and
 // `check_finite`.

@@ -40,7 +40,8 @@ class FolderWeights final : public WeightSource {
   void check_tensors() const;
   void check_tensor(const std::string& name, std::vector<std::uint64_t> shape) const;
   Source source_of(std::uint64_t layer, std::size_t linear) const;
-  bool is_packed(const std::string& module) const;
+  bool is_packed(const std::string& module) const;  // in 4 bits
+  bool is_fp8(const std::string& module) const;
   std::vector<float> values(const std::string& name, std::uint64_t begin, std::uint64_t count,
                             int threads) const;
   std::vector<float> vector(const std::string& name) const;
@@ -48,6 +49,7 @@ class FolderWeights final : public WeightSource {
   LinearWeights load_linear(std::uint64_t layer, std::size_t linear, bool operands, int threads) const;
   // weight and row_scale of a packed linear (weights_packed.cpp).
   void load_operands(std::uint64_t layer, std::size_t linear, int threads, LinearWeights& out) const;
+  void load_fp8(const std::string& module, int threads, LinearWeights& out) const;
 
   formats::CheckpointReader reader_;
   formats::ModelConfig config_;

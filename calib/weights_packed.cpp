@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "calib/plain_tensors.hpp"
 #include "calib/weights_folder.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -23,7 +24,7 @@ std::vector<T> copy_of(const TensorView& view) {
 libquant::QuantizedLinear FolderWeights::quantized(std::uint64_t layer, std::size_t linear) const {
   const std::string name = formats::linear_names(layer)[linear];
   if (!is_packed(name)) {
-    throw Error(ErrorKind::input, "this linear is not quantised").path(reader_.folder()).tensor(name);
+    throw Error(ErrorKind::input, "this linear is not in 4 bits").path(reader_.folder()).tensor(name);
   }
   const auto shape = formats::linear_shape(config_, linear);
   libquant::Levels levels{quantization_->levels};
@@ -65,6 +66,19 @@ void FolderWeights::load_operands(std::uint64_t layer, std::size_t linear, int t
                            std::span(out.weight).subspan(begin * q.cols, count * q.cols));
   });
   out.row_scale = q.row_scales;
+}
+
+void FolderWeights::load_fp8(const std::string& module, int threads, LinearWeights& out) const {
+  const Fp8Table table(reader_, module);
+  constexpr std::uint64_t kRows = 64;
+  out.weight.resize(out.rows * out.cols);
+  out.row_scale.resize(out.rows);
+  parallel_for((out.rows + kRows - 1) / kRows, threads, [&](std::size_t task) {
+    const std::uint64_t begin = task * kRows;
+    const std::uint64_t count = std::min(kRows, out.rows - begin);
+    table.operands(begin, count, std::span(out.weight).subspan(begin * out.cols, count * out.cols));
+    for (std::uint64_t r = begin; r < begin + count; ++r) out.row_scale[r] = table.row_scale(r);
+  });
 }
 
 }  // namespace fireq::calib

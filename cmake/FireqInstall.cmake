@@ -48,7 +48,7 @@ file(RELATIVE_PATH pc_prefix /prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig /prefix)
 configure_file(cmake/fireq.pc.in fireq.pc @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/fireq.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig COMPONENT development)
 
-install(FILES LICENSE NOTICE README.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
+install(FILES LICENSE NOTICE README.md docs/recipe.schema.json DESTINATION ${CMAKE_INSTALL_DOCDIR})
 
 # cpack -G DEB: one package with the command, one for development.
 set(CPACK_PACKAGE_NAME fireq)

@@ -22,6 +22,11 @@ class CheckpointReader;
 
 enum class WeightLayout : std::uint8_t { row, sm90 };
 
+// How a module's weight is stored: 4-bit codes, FP8 with a scale per row, or as the source has it.
+enum class ModulePrecision : std::uint8_t { int4, fp8, original };
+inline constexpr const char* kEmbeddingModule = "model.embed_tokens";
+inline constexpr const char* kHeadModule = "lm_head";
+
 // quantization_config of a FireQ folder.
 struct QuantizationConfig {
   std::uint64_t group_size = 128;
@@ -29,15 +34,19 @@ struct QuantizationConfig {
   std::array<float, 8> levels{0, 1, 2, 3, 4, 5, 6, 7};
   bool row_scale_per_row = true;  // else one per tensor
   WeightLayout layout = WeightLayout::row;
-  bool kv_cache = true;  // INT4 cache calibrated
-  std::vector<std::string> ignore;
-  std::string recipe_json;  // the resolved recipe, compact JSON text
+  bool kv_cache = true;             // INT4 cache calibrated
+  std::vector<std::string> ignore;  // modules in the source's own type
+  std::vector<std::string> fp8;     // modules in FP8; none of them is in ignore
+  std::string recipe_json;          // the resolved recipe, compact JSON text
   std::string source_fingerprint;
   std::string calibration_fingerprint;  // empty without calibration
   std::uint64_t calibration_tokens = 0;
   std::uint64_t calibration_seed = 0;
   std::string tool_version;
 };
+
+// Of one of the model's linears, of the embedding or the head.
+ModulePrecision module_precision(const QuantizationConfig& quantization, std::string_view module);
 
 // Rules of docs/checkpoint-format.md on quantization_config. Error(input) naming the key.
 QuantizationConfig parse_quantization_config(std::string_view config_json,

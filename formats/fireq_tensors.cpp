@@ -20,8 +20,6 @@ constexpr float kLargestMagnitude = 448;
 constexpr std::array<const char*, 7> kLinears{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
                                               "self_attn.o_proj", "mlp.gate_proj",    "mlp.up_proj",
                                               "mlp.down_proj"};
-constexpr const char* kHead = "lm_head";
-constexpr const char* kEmbedding = "model.embed_tokens";
 
 std::string layer_prefix(std::uint64_t layer) {
   return std::string("model.layers.").append(std::to_string(layer)).append(".");
@@ -41,14 +39,18 @@ class TensorChecker {
       : reader_(reader),
         model_(model),
         quantization_(quantization),
-        ignored_(quantization.ignore.begin(), quantization.ignore.end()) {}
+        ignored_(quantization.ignore.begin(), quantization.ignore.end()),
+        fp8_(quantization.fp8.begin(), quantization.fp8.end()) {}
 
   void run() {
-    check_ignored_names();
-    plain(std::string(kEmbedding) + ".weight", {model_.vocab, model_.hidden});
+    check_module_names();
+    const std::string embedding = kEmbeddingModule;
+    const std::string head = kHeadModule;
+    unpacked(embedding, {model_.vocab, model_.hidden});
     plain("model.norm.weight", {model_.hidden});
-    const std::string head = std::string(kHead) + ".weight";
-    if (!model_.tied_embeddings || reader_.contains(head)) plain(head, {model_.vocab, model_.hidden});
+    if (!model_.tied_embeddings || fp8_.contains(head) || reader_.contains(head + ".weight")) {
+      unpacked(head, {model_.vocab, model_.hidden});
+    }
     for (std::uint64_t i = 0; i < model_.layers; ++i) check_layer(i);
     for (const std::string& name : reader_.names()) {
       if (!known_.contains(name)) throw error(name, "a FireQ folder of this config.json has no such tensor");
@@ -67,17 +69,22 @@ class TensorChecker {
     return e;
   }
 
-  void check_ignored_names() const {
-    std::set<std::string> modules{kHead, kEmbedding};
+  void check_module_names() const {
+    std::set<std::string> modules{kHeadModule, kEmbeddingModule};
     for (std::uint64_t i = 0; i < model_.layers; ++i) {
       for (const std::string& name : linear_names(i)) modules.insert(name);
     }
-    for (const std::string& name : ignored_) {
-      if (modules.contains(name)) continue;
-      throw Error(ErrorKind::input, "quantization_config.ignore names a module that the model does not have")
-          .path(reader_.folder() + "/config.json")
-          .found(name);
-    }
+    const auto check = [&](const char* key, const std::set<std::string>& names) {
+      for (const std::string& name : names) {
+        if (modules.contains(name)) continue;
+        throw Error(ErrorKind::input, std::string("quantization_config.") + key +
+                                          " names a module that the model does not have")
+            .path(reader_.folder() + "/config.json")
+            .found(name);
+      }
+    };
+    check("ignore", ignored_);
+    check("fp8", fp8_);
   }
 
   void expect(const std::string& name, std::initializer_list<Dtype> dtypes,
@@ -103,6 +110,14 @@ class TensorChecker {
     expect(name, {Dtype::bf16, Dtype::f16, Dtype::f32}, std::move(shape));
   }
 
+  // A matrix in FP8 or in the source's type.
+  void unpacked(const std::string& module, const std::array<std::uint64_t, 2>& shape) {
+    const std::string weight = module + ".weight";
+    if (!fp8_.contains(module)) return plain(weight, {shape[0], shape[1]});
+    expect(weight, {Dtype::f8_e4m3}, {shape[0], shape[1]});
+    expect(module + ".weight_scale", {Dtype::f32}, {shape[0]});
+  }
+
   void check_layer(std::uint64_t layer) {
     const std::string prefix = layer_prefix(layer);
     plain(prefix + "input_layernorm.weight", {model_.hidden});
@@ -124,8 +139,8 @@ class TensorChecker {
     const auto names = linear_names(layer);
     for (std::size_t i = 0; i < names.size(); ++i) {
       const std::array<std::uint64_t, 2> shape = linear_shape(model_, i);
-      if (ignored_.contains(names[i])) {
-        plain(names[i] + ".weight", {shape[0], shape[1]});
+      if (ignored_.contains(names[i]) || fp8_.contains(names[i])) {
+        unpacked(names[i], shape);
       } else {
         check_linear(names[i], shape);
       }
@@ -208,7 +223,7 @@ class TensorChecker {
   const CheckpointReader& reader_;
   const ModelConfig& model_;
   const QuantizationConfig& quantization_;
-  std::set<std::string> ignored_;
+  std::set<std::string> ignored_, fp8_;
   std::set<std::string> known_;
   std::map<std::string, std::array<std::uint64_t, 2>> shapes_;
   std::vector<std::string> levels_;

@@ -88,6 +88,15 @@ void read_fixed_parts(const JsonFields& fields, QuantizationConfig& out) {
   expect_text(cache, "granularity", "token_head");
 }
 
+std::vector<std::string> module_names(const JsonFields& fields, const char* key) {
+  std::vector<std::string> names;
+  for (const json& name : fields.array(key)) {
+    if (!name.is_string()) fields.fail(key, "holds something else than module names");
+    names.push_back(name.get<std::string>());
+  }
+  return names;
+}
+
 json levels_json(const QuantizationConfig& config) {
   if (config.levels == kInt4) return "int4";
   json list = json::array();
@@ -102,6 +111,15 @@ std::optional<std::string> config_text(const std::string& folder, bool required)
 
 }  // namespace
 
+ModulePrecision module_precision(const QuantizationConfig& quantization, std::string_view module) {
+  const auto in = [&](const std::vector<std::string>& list) {
+    return std::find(list.begin(), list.end(), module) != list.end();
+  };
+  if (in(quantization.fp8)) return ModulePrecision::fp8;
+  const bool linear = module != kEmbeddingModule && module != kHeadModule;
+  return linear && !in(quantization.ignore) ? ModulePrecision::int4 : ModulePrecision::original;
+}
+
 QuantizationConfig parse_quantization_config(std::string_view config_json,
                                              const std::string& path_for_errors) {
   const json root = parse_json(config_json, path_for_errors);
@@ -113,7 +131,7 @@ QuantizationConfig parse_quantization_config(std::string_view config_json,
   }
   refuse_unknown(fields,
                  {"quant_method", "format_version", "levels", "group_size", "row_scale", "layout", "kv_cache",
-                  "activations", "ignore", "recipe", "source", "calibration", "tool_version"});
+                  "activations", "ignore", "fp8", "recipe", "source", "calibration", "tool_version"});
   QuantizationConfig out;
   out.group_size = kGroupSize;
   read_levels(fields, out);
@@ -126,9 +144,12 @@ QuantizationConfig parse_quantization_config(std::string_view config_json,
   const std::string layout = fields.text("layout");
   if (layout != "row" && layout != "sm90") fields.fail("layout", "is unknown", R"("row" or "sm90")");
   out.layout = layout == "row" ? WeightLayout::row : WeightLayout::sm90;
-  for (const json& name : fields.array("ignore")) {
-    if (!name.is_string()) fields.fail("ignore", "holds something else than module names");
-    out.ignore.push_back(name.get<std::string>());
+  out.ignore = module_names(fields, "ignore");
+  if (fields.find("fp8") != nullptr) out.fp8 = module_names(fields, "fp8");
+  for (const std::string& name : out.fp8) {
+    if (std::find(out.ignore.begin(), out.ignore.end(), name) != out.ignore.end()) {
+      fields.fail("fp8", "names a module that ignore names too", "each module once, not " + name);
+    }
   }
   out.recipe_json = fields.object("recipe").value().dump();
   const JsonFields source = fields.object("source");
@@ -182,6 +203,7 @@ std::string make_config_json(const std::string& source_config_json, const Quanti
   q["kv_cache"] = std::move(cache);
   q["activations"] = {{"dtype", "e4m3"}, {"granularity", "token"}, {"dynamic", true}};
   q["ignore"] = quantization.ignore;
+  if (!quantization.fp8.empty()) q["fp8"] = quantization.fp8;  // what knows no FP8 reads folders without
   q["recipe"] = parse_json(quantization.recipe_json, "recipe");
   q["source"] = {{"fingerprint", quantization.source_fingerprint}};
   q["calibration"] = std::move(calibration);

@@ -111,6 +111,23 @@ class Packed:
         return self.operands(rounded) * (self.r[:, None] if len(self.r) > 1 else self.r)
 
 
+def fp8_matrix(tensors, name, rows, cols):
+    """Operands and r of NAME.weight in FP8, checked against the format's rules."""
+    (dtype, codes), (scale_dtype, scale) = tensors[name + ".weight"], tensors[name + ".weight_scale"]
+    assert (dtype, codes.shape) == ("F8_E4M3", (rows, cols)), (name, dtype, codes.shape)
+    assert (scale_dtype, scale.shape) == ("F32", (rows,)), (name, scale_dtype, scale.shape)
+    assert not np.any(codes & 127 == 127), f"{name}: NaN"
+    assert np.all(np.isfinite(scale) & (scale > 0)), f"{name}: row scale"
+    return E4M3[codes].astype(np.float32), scale.astype(np.float32)
+
+
+def quantise_fp8_rows(weight):
+    """(operand values, r): one scale per row, 448 for its largest weight."""
+    weight = np.asarray(weight, np.float32)
+    r = np.maximum(np.abs(weight).max(axis=1), np.float32(2.0**-100)) / np.float32(448)
+    return rn8(weight / r[:, None]).astype(np.float32), r
+
+
 # --- models ------------------------------------------------------------------------------------------------
 
 class Config:
@@ -139,6 +156,7 @@ class Model:
         self.config = c = Config(folder)
         tensors = read_tensors(folder)
         self.tensors, self.packed = tensors, {}
+        self.plain = set()  # linears of a FireQ folder in the source's type: inputs are not FP8
         quantization = c.quantization
         if quantization:
             levels = quantization["levels"]
@@ -152,13 +170,17 @@ class Model:
             layer = {}
             for name in LINEARS:
                 full = prefix + name
-                if quantization:
+                if quantization and full in quantization.get("fp8", ()):
+                    layer[name] = fp8_matrix(tensors, full, *c.shape(name))
+                elif quantization and full not in quantization["ignore"]:
                     packed = Packed(tensors, full, *c.shape(name), levels, quantization["row_scale"])
                     self.packed[full] = packed
                     layer[name] = (packed.operands().astype(np.float32), packed.r.astype(np.float32))
                 else:
                     layer[name] = (to_float(*tensors[full + ".weight"]), np.ones(1, np.float32))
                     assert layer[name][0].shape == c.shape(name)
+                    if quantization:
+                        self.plain.add((i, name))
             self.linear.append(layer)
             self.norms.append((to_float(*tensors[prefix + "input_layernorm.weight"]),
                                to_float(*tensors[prefix + "post_attention_layernorm.weight"])))
@@ -170,9 +192,14 @@ class Model:
                 assert shift[0] == "F32" and shift[1].shape == (c.kv_heads, c.head_dim), (prefix, shift[1].shape)
             self.shift.append(shift[1].astype(np.float32) if shift else np.zeros((c.kv_heads, c.head_dim), np.float32))
             self.s.append(s[1].astype(np.float32) if s else np.ones((c.kv_heads, c.head_dim), np.float32))
-        self.embedding = to_float(*tensors["model.embed_tokens.weight"])
-        head = tensors.get("lm_head.weight")
-        self.head = to_float(*head) if head else self.embedding
+        def table(name):
+            if quantization and name in quantization.get("fp8", ()):
+                operands, r = fp8_matrix(tensors, name, c.vocab, c.hidden)
+                return operands * r[:, None]
+            return to_float(*tensors[name + ".weight"])
+
+        self.embedding = table("model.embed_tokens")
+        self.head = table("lm_head") if "lm_head.weight" in tensors else self.embedding
         self.final_norm = to_float(*tensors["model.norm.weight"])
 
     def _apply(self, layer, name, x, fp8):
@@ -180,6 +207,8 @@ class Model:
         if not fp8:
             return (x @ weight.T) * r
         x = bf16(x)
+        if (layer, name) in self.plain:
+            return bf16(x @ weight.T)
         a = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(2.0**-20)) * np.float32(1 / 448)
         x8 = rn8(x / a).astype(np.float32)
         return bf16((a * r) * (x8 @ weight.T))

@@ -130,16 +130,19 @@ TEST(LinearBackend, ItsOutputsAreUsed) {
 // A folder may leave linears unquantised: those run on the CPU, among the backend's.
 class PartlyQuantised final : public WeightSource {
  public:
-  explicit PartlyQuantised(const WeightSource& inner) : inner_(inner) {}
+  // plain: some of those linears take inputs in 16 bits.
+  explicit PartlyQuantised(const WeightSource& inner, bool plain = false) : inner_(inner), plain_(plain) {}
   const formats::ModelConfig& config() const noexcept override { return inner_.config(); }
   const formats::CheckpointReader& reader() const noexcept override { return inner_.reader(); }
   bool packed() const noexcept override { return true; }
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
-    return inner_.load_layer(layer, threads);
+    LayerWeights out = inner_.load_layer(layer, threads);
+    for (const LinearIndex i : {kK, kUp}) out.linear[i].plain_input = plain_;
+    return out;
   }
   LayerWeights load_unquantized(std::uint64_t layer, int threads) const override {
     LayerWeights out = inner_.load_unquantized(layer, threads);
-    LayerWeights all = inner_.load_layer(layer, threads);
+    LayerWeights all = load_layer(layer, threads);
     for (const LinearIndex i : {kK, kO, kUp}) out.linear[i] = std::move(all.linear[i]);
     return out;
   }
@@ -158,7 +161,24 @@ class PartlyQuantised final : public WeightSource {
 
  private:
   const WeightSource& inner_;
+  bool plain_;
 };
+
+// With k and up in 16 bits beside q, v and gate in FP8: the same bits with and without a backend, and others
+// than with FP8 inputs for all.
+TEST(LinearBackend, PlainInputsStayPlain) {
+  const Packed model(kBiased, "rtn", formats::WeightLayout::row);
+  const Windows windows = random_windows(4, 90, kBiased.vocab);
+  EvaluationOptions options;
+  options.precision = precision_with(true);
+  options.threads = 2;
+  const double fp8 = run(*model.packed, windows, options).nll_per_token;
+  const double plain = run(PartlyQuantised(*model.packed, true), windows, options).nll_per_token;
+  EXPECT_NE(fp8, plain);
+  test::TwinBackend backend;
+  options.backend = &backend;
+  EXPECT_EQ(run(PartlyQuantised(*model.packed, true), windows, options).nll_per_token, plain);
+}
 
 TEST(LinearBackend, UnquantisedLinearsStayOnTheCpu) {
   const Packed model(kBiased, "rtn", formats::WeightLayout::row);

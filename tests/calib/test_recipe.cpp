@@ -1,7 +1,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -194,6 +197,54 @@ TEST(Recipe, RefusesWrongTypesAndRanges) {
   EXPECT_THAT(error("[1]"), HasSubstr("not a JSON object"));
   EXPECT_THAT(error("{"), HasSubstr("not valid JSON"));
   EXPECT_THAT(error(R"({"preset": 1})"), HasSubstr("preset"));
+}
+
+// docs/recipe.schema.json is what editors and CI jobs load; FIREQ_WRITE_SCHEMA=1 writes it anew.
+TEST(Recipe, ShippedSchemaIsThatOfTheKeyTable) {
+  const std::string path = std::string(FIREQ_SOURCE_DIR) + "/docs/recipe.schema.json";
+  if (std::getenv("FIREQ_WRITE_SCHEMA") != nullptr) std::ofstream(path) << recipe_schema();
+  std::ifstream file(path);
+  const std::string shipped((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  EXPECT_EQ(shipped, recipe_schema()) << "run this test with FIREQ_WRITE_SCHEMA=1";
+  // Every key that a resolved recipe has is in it.
+  const json schema = json::parse(shipped);
+  const json recipe = json::parse(recipe_to_json(preset_recipe("best")));
+  for (const auto& [key, value] : recipe.items()) {
+    ASSERT_TRUE(schema["properties"].contains(key)) << key;
+    if (!value.is_object()) continue;
+    for (const auto& [inner, unused] : value.items()) {
+      EXPECT_TRUE(schema["properties"][key]["properties"].contains(inner)) << key << "." << inner;
+    }
+  }
+}
+
+TEST(Recipe, ModulesAreReadAndWritten) {
+  const std::string text = R"({"preset": "rtn", "ignore": ["lm_head"], "embeddings": "fp8", "overrides": [
+      {"match": "*down_proj", "precision": "fp8"}, {"match": "re:.*up", "weights": {"weighted_search": true}}]})";
+  const Recipe r = parse_recipe(text, "r.json");
+  ASSERT_EQ(r.overrides.size(), 2U);
+  EXPECT_EQ(r.overrides[0].precision, formats::ModulePrecision::fp8);
+  EXPECT_FALSE(r.weighted_search);
+  EXPECT_TRUE(r.needs_statistics());  // the second override's search
+  EXPECT_EQ(recipe_to_json(parse_recipe(recipe_to_json(r), "again")), recipe_to_json(r));
+
+  const auto refused = [](const std::string& keys) {
+    return usage_error([&] { parse_recipe("{" + keys + "}", "r.json"); });
+  };
+  EXPECT_THAT(refused(R"("ignor": [])"), HasSubstr("did you mean 'ignore'"));
+  EXPECT_THAT(refused(R"("ignore": "x")"), HasSubstr("'ignore'"));
+  EXPECT_THAT(refused(R"("overrides": [{"precision": "fp8"}])"), HasSubstr("match"));
+  EXPECT_THAT(refused(R"("overrides": [{"match": "*", "precison": "fp8"}])"),
+              HasSubstr("did you mean 'overrides.precision'"));
+  EXPECT_THAT(refused(R"("overrides": [{"match": "*", "precision": "int8"}])"),
+              HasSubstr("\"int4\", \"fp8\", \"original\""));
+  EXPECT_THAT(refused(R"("overrides": [{"match": "*", "weights": {"levls": "int4"}}])"),
+              HasSubstr("did you mean 'weights.levels'"));
+  EXPECT_THAT(refused(R"("overrides": [{"match": "*", "weights": {"row_scale": "row"}}])"),
+              HasSubstr("one for the folder"));
+  EXPECT_THAT(refused(R"("for": "vllm", "overrides": [{"match": "*", "weights": {"levels": "normal"}}])"),
+              HasSubstr("overrides.weights.levels"));
+  EXPECT_THAT(refused(R"("head": "int4")"), HasSubstr("'head'"));
 }
 
 }  // namespace

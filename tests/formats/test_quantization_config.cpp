@@ -171,6 +171,16 @@ TEST(QuantizationConfig, RefusesByName) {
       {[](json& q) { q["ignore"] = {1}; },
        {.message = "key 'quantization_config.ignore' holds something else than module names",
         .found = "a list of 1"}},
+      {[](json& q) { q["fp8"] = "lm_head"; },
+       {.message = "key 'quantization_config.fp8' is not a list",
+        .expected = "a list",
+        .found = "\"lm_head\""}},
+      {[](json& q) {
+         q["fp8"] = {"model.embed_tokens", "lm_head"};
+       },
+       {.message = "key 'quantization_config.fp8' names a module that ignore names too",
+        .expected = "each module once, not lm_head",
+        .found = "a list of 2"}},
       {[](json& q) { q["recipe"] = "rtn"; },
        {.message = "key 'quantization_config.recipe' is not a JSON object",
         .expected = "an object",
@@ -304,6 +314,40 @@ TEST_F(FireqTensors, AcceptsWhatThePageSays) {
   plain(layer + "self_attn.q_norm.weight", "F32", "[32]", 128);
   plain(layer + "self_attn.k_norm.weight", "F32", "[32]", 128);
   EXPECT_FALSE(check());
+}
+
+TEST_F(FireqTensors, ModulesInFp8) {
+  for (const char* part :
+       {"weight_codes", "weight_group_scale", "weight_row_scale", "weight_shape", "weight_levels"}) {
+    tensors.erase(down + part);
+  }
+  const std::string module = layer + "mlp.down_proj";
+  plain(down + "weight", "F8_E4M3", "[64,200]", 12800);
+  plain(down + "weight_scale", "F32", "[64]", 256);
+  quantization.fp8 = {module};
+  EXPECT_FALSE(check());
+  EXPECT_EQ(module_precision(quantization, module), ModulePrecision::fp8);
+  EXPECT_EQ(module_precision(quantization, layer + "mlp.up_proj"), ModulePrecision::int4);
+  EXPECT_EQ(module_precision(quantization, "lm_head"), ModulePrecision::original);
+  plain(down + "weight", "BF16", "[64,200]", 25600);
+  expect_refused(
+      {.message = "wrong dtype", .tensor = down + "weight", .expected = "F8_E4M3", .found = "BF16"});
+  plain(down + "weight", "F8_E4M3", "[64,200]", 12800);
+  plain(down + "weight_scale", "F32", "[1]", 4);
+  expect_refused(
+      {.message = "wrong shape", .tensor = down + "weight_scale", .expected = "[64]", .found = "[1]"});
+  tensors.erase(down + "weight_scale");
+  expect_refused(
+      {.message = "the tensor is missing", .tensor = down + "weight_scale", .expected = "F32 [64]"});
+  // A scale that nothing speaks of is no tensor of this folder.
+  plain(down + "weight_scale", "F32", "[64]", 256);
+  plain("model.embed_tokens.weight_scale", "F32", "[64]", 256);
+  expect_refused({.message = "a FireQ folder of this config.json has no such tensor",
+                  .tensor = "model.embed_tokens.weight_scale"});
+  quantization.fp8 = {module, "model.layers.1.mlp.down_proj"};
+  expect_refused({.message = "quantization_config.fp8 names a module that the model does not have",
+                  .path = folder / "config.json",
+                  .found = "model.layers.1.mlp.down_proj"});
 }
 
 TEST_F(FireqTensors, Sm90LayoutAndTensorScales) {

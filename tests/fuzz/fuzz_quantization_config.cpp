@@ -19,8 +19,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string written = make_config_json(text, config);
   const QuantizationConfig again = parse_quantization_config(written, "written");
   require(again.levels == config.levels && again.layout == config.layout && again.ignore == config.ignore &&
-              again.kv_cache == config.kv_cache && again.recipe_json == config.recipe_json &&
-              again.row_scale_per_row == config.row_scale_per_row,
+              again.fp8 == config.fp8 && again.kv_cache == config.kv_cache &&
+              again.recipe_json == config.recipe_json && again.row_scale_per_row == config.row_scale_per_row,
           "a field changed on the way");
   require(make_config_json(text, again) == written, "the text changed on the way");
   return 0;

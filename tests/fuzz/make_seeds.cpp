@@ -82,10 +82,13 @@ void json_files(const Seeds& seeds, const stdfs::path& data) {
   config.layout = WeightLayout::sm90;
   config.kv_cache = config.row_scale_per_row = false;
   config.ignore = {"lm_head"};
+  config.fp8 = {"model.embed_tokens"};
   seeds.put("quantization_config", "all", make_config_json(R"({"hidden_size":64})", config));
   for (const char* preset : {"paper", "rtn", "fast"}) {
     seeds.put("recipe", preset, fireq::calib::recipe_to_json(fireq::calib::preset_recipe(preset)));
   }
+  seeds.put("recipe", "modules", R"({"ignore":["*.0.*","re:.*up"],"head":"fp8","overrides":[{"match":"*",
+      "precision":"fp8","weights":{"search":[-1,1]}}]})");
   seeds.put("recipe", "levels",
             R"({"preset":"rtn","weights":{"levels":[0,1,2,3,4,5,6,7],"search":[-7,2]} /* x */})");
 }

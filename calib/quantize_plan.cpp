@@ -1,0 +1,129 @@
+// What a run will write, and what it needs, known without running it.
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "calib/folding.hpp"
+#include "calib/modules.hpp"
+#include "calib/quantize_job.hpp"
+#include "calib/two_streams.hpp"
+#include "libquant/packing.hpp"
+
+namespace fireq::calib {
+namespace {
+
+using formats::ModulePrecision;
+using formats::WeightLayout;
+using libquant::RowScale;
+
+constexpr std::uint64_t kFixedMemory = 200'000'000;
+
+std::uint64_t fp8_bytes(std::uint64_t rows, std::uint64_t cols) {
+  return rows * (cols + sizeof(float));
+}
+
+}  // namespace
+
+std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& options, std::uint64_t layer,
+                           std::size_t linear, const ModuleChoice& choice) {
+  const auto [rows, cols] = formats::linear_shape(source.config(), linear);
+  if (choice.precision == ModulePrecision::fp8) return fp8_bytes(rows, cols);
+  if (choice.precision == ModulePrecision::original) {
+    return rows * cols * dtype_size(linear_dtype(source.reader(), layer, linear));
+  }
+  const bool per_tensor = options.recipe.weights.row_scale == RowScale::tensor;
+  const std::uint64_t groups = (cols + libquant::kGroupSize - 1) / libquant::kGroupSize;
+  return (options.layout == WeightLayout::sm90 ? libquant::tile_bytes(rows, cols)
+                                               : rows * groups * (libquant::kGroupSize / 2 + 1)) +
+         (per_tensor ? 1 : rows) * sizeof(float) + 2 * sizeof(std::int64_t) +
+         (choice.own_levels ? sizeof(choice.weights.levels.magnitude) : 0);
+}
+
+QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options) {
+  const formats::ModelConfig& config = source.config();
+  const formats::CheckpointReader& reader = source.reader();
+  const FoldReport changes = planned_changes(config, options.recipe);
+  const Modules modules = modules_of(source, options.recipe);
+  QuantizePlan plan;
+  plan.bytes_before = reader.total_bytes();
+  std::uint64_t layer_elements = 0;
+  std::set<std::string> replaced;
+  for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
+    const auto names = formats::linear_names(layer);
+    for (std::size_t i = 0; i < kLinears; ++i) {
+      const auto [rows, cols] = formats::linear_shape(config, i);
+      const ModuleChoice& choice = modules.linear(layer, i);
+      LinearPlan linear{names[i], rows, cols, 0, 0, choice.precision};
+      const std::string tensor = names[i] + ".weight";
+      linear.bytes_before = rows * cols * dtype_size(linear_dtype(reader, layer, i));
+      linear.bytes_after = linear_bytes(source, options, layer, i, choice);
+      plan.bytes_after += linear.bytes_after;
+      if (formats::linear_has_bias(config, i)) {
+        // As stored, unless something is folded into it or it is cut from a fused one: then in FP32.
+        const std::string bias = names[i] + ".bias";
+        const bool stored = reader.contains(bias) && !changes.bias_changed[i];
+        plan.bytes_after += stored ? reader.tensor(bias).data.size() : rows * sizeof(float);
+      }
+      if (layer == 0) layer_elements += rows * cols;
+      replaced.insert(tensor);
+      plan.linears.push_back(std::move(linear));
+    }
+    if (options.recipe.key_s) plan.bytes_after += config.kv_rows() * sizeof(float);
+    if (options.recipe.key_centre) plan.bytes_after += config.kv_rows() * sizeof(float);
+  }
+  for (const std::string& name : reader.names()) {
+    if (replaced.contains(name)) continue;
+    const TensorView view = reader.tensor(name);
+    std::string why = "copied as it is";
+    std::uint64_t bytes = view.data.size();
+    if (name.starts_with("model.layers.")) {
+      if (name.ends_with("qkv_proj.weight") || name.ends_with("gate_up_proj.weight") ||
+          name.ends_with("qkv_proj.bias") || name.ends_with("gate_up_proj.bias"))
+        continue;  // cut into its linears
+      if (name.ends_with("rotary_emb.inv_freq")) {
+        plan.kept.emplace_back(name, "dropped: the frequencies follow from config.json");
+        continue;
+      }
+      if (name.ends_with("norm.weight")) {
+        const bool folded_f32 =
+            (changes.mlp_norm_changed && name.ends_with("post_attention_layernorm.weight")) ||
+            (changes.qk_norm_changed && (name.ends_with("q_norm.weight") || name.ends_with("k_norm.weight")));
+        if (folded_f32) bytes = view.elements() * sizeof(float);
+        why = folded_f32 ? "norm weight, smoothing folded in, kept in F32" : "norm weight";
+      } else if (name.ends_with(".bias")) {
+        plan.kept.emplace_back(name, "bias");  // counted with its linear
+        continue;
+      }
+    } else if (name == "model.embed_tokens.weight") {
+      why = "embedding: looked up, not multiplied";
+      if (modules.embeddings() == ModulePrecision::fp8) {
+        why = "embedding, in FP8";
+        bytes = fp8_bytes(view.shape[0], view.shape[1]);
+      }
+    } else if (name == "lm_head.weight") {
+      why = "output head: the recipe quantises the decoder layers' linears only";
+      if (modules.head() == ModulePrecision::fp8) {
+        why = "output head, in FP8";
+        bytes = fp8_bytes(view.shape[0], view.shape[1]);
+      }
+    } else if (name == "model.norm.weight") {
+      why = "norm weight";
+    }
+    plan.bytes_after += bytes;
+    plan.kept.emplace_back(name, why);
+  }
+  plan.largest_layer_fp32 = layer_elements * sizeof(float);
+  if (options.calibration && options.recipe.needs_statistics() && !options.statistics_path) {
+    // Hidden states of all windows; a layer's working set is bounded and part of the fixed share.
+    plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
+  }
+  if (options.recipe.needs_text() && options.calibration) {
+    plan.calibration_bytes = TwoStreams::bytes(config, options.recipe, *options.calibration);
+    // The layer as it is, its targets and its panels for both streams.
+    plan.peak_memory = 2 * plan.largest_layer_fp32;
+  }
+  plan.peak_memory += 2 * plan.largest_layer_fp32 + plan.calibration_bytes + kFixedMemory;
+  return plan;
+}
+
+}  // namespace fireq::calib
