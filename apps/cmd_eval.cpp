@@ -131,8 +131,11 @@ int run(const Arguments& a) {
       "perplexity {:.4f}  nll {:.5f} +- {:.5f}  ({} tokens scored in {} windows of {}, BOS {})", result.ppl,
       result.nll_per_token, result.nll_stderr, result.scored, result.windows, ctx, bos_name));
   if (result.kl_mean) {
-    report.line(fmt::format("KL to the reference: mean {:.5f}, max {:.3f}; same top token {:.2f} %",
-                            *result.kl_mean, *result.kl_max, 100 * *result.top1_agree));
+    report.line(fmt::format(
+        "against the reference: nll {:+.5f} +- {:.5f}, KL {:.5f} +- {:.5f} (max {:.3f}), same top "
+        "token {:.2f} %",
+        *result.delta_nll, *result.delta_nll_stderr, *result.kl_mean, *result.kl_stderr, *result.kl_max,
+        100 * *result.top1_agree));
   }
   report.line(fmt::format("{:.0f} tokens/s{}",
                           static_cast<double>(result.windows * ctx) / std::max(result.seconds, 1e-9),
@@ -154,6 +157,9 @@ int run(const Arguments& a) {
   if (result.kl_mean) {
     json["kl_mean"] = *result.kl_mean;
     json["kl_max"] = *result.kl_max;
+    json["kl_stderr"] = *result.kl_stderr;
+    json["delta_nll"] = *result.delta_nll;
+    json["delta_nll_stderr"] = *result.delta_nll_stderr;
     json["top1_agree"] = *result.top1_agree;
   }
   report.json(json);

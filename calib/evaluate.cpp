@@ -127,8 +127,7 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   const auto loading = [&] { return subject.load_seconds() + (other ? other->load_seconds() : 0.0); };
 
   EvaluationResult result;
-  Moments nll;
-  double kl_sum = 0;
+  Moments nll, kl, delta;
   double kl_max = 0;
   std::uint64_t same = 0;
   std::uint64_t done = 0;
@@ -166,7 +165,8 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
     }
     for (const TokenScore& score : scores) {
       nll.add(score.nll);
-      kl_sum += score.kl;
+      kl.add(score.kl);
+      delta.add(score.nll - score.reference_nll);
       kl_max = std::max(kl_max, score.kl);
       same += score.same_top1 ? 1U : 0U;
     }
@@ -183,7 +183,10 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   result.windows = windows.count;
   result.scored = nll.count;
   if (reference != nullptr) {
-    result.kl_mean = kl_sum / static_cast<double>(nll.count);
+    result.kl_mean = kl.mean();
+    result.kl_stderr = kl.standard_error();
+    result.delta_nll = delta.mean();
+    result.delta_nll_stderr = delta.standard_error();
     result.kl_max = kl_max;
     result.top1_agree = static_cast<double>(same) / static_cast<double>(nll.count);
   }

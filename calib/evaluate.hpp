@@ -22,7 +22,10 @@ struct EvaluationResult {
   double seconds = 0;              // forward and scoring, without loading and tokenising
   double cpu_seconds = 0;          // of all threads, over the same span; a streamed model's loading counts
   // With a reference: KL(reference || model) in nats per scored token, and share of equal argmax.
-  std::optional<double> kl_mean, kl_max, top1_agree;
+  std::optional<double> kl_mean, kl_max, kl_stderr, top1_agree;
+  // And the mean difference of the two models' nll of the same tokens, with its own standard error: far
+  // smaller than that of either nll, since both models find the same tokens hard.
+  std::optional<double> delta_nll, delta_nll_stderr;
 };
 
 struct EvaluationOptions {

@@ -32,7 +32,7 @@ struct RowState {
   simd::LogSumExp model;
   simd::Divergence both;
   Top model_top, reference_top;
-  float target = 0;
+  float target = 0, reference_target = 0;
 };
 
 struct TileArea {
@@ -86,6 +86,9 @@ std::vector<TokenScore> score(Side& model, Side* reference, std::span<const std:
             simd::kernels().log_sum_exp(state.model, row, n);
           } else {
             const float* other = area->reference.data() + i * kTile;
+            if (target >= begin + column && target < begin + column + n) {
+              state.reference_target = other[target - begin - column];
+            }
             simd::kernels().divergence(state.both, other, row, n);
             state.model_top.update(row, n, begin + column, state.both.model.max);
             state.reference_top.update(other, n, begin + column, state.both.reference.max);
@@ -102,6 +105,7 @@ std::vector<TokenScore> score(Side& model, Side* reference, std::span<const std:
     out[i].is_top1 = state.target >= sum.max;
     if (reference != nullptr) {
       out[i].kl = simd::value(state.both);
+      out[i].reference_nll = simd::value(state.both.reference) - static_cast<double>(state.reference_target);
       out[i].same_top1 = state.model_top.index == state.reference_top.index;
     }
     if (!std::isfinite(out[i].nll) || !std::isfinite(out[i].kl)) {

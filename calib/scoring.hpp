@@ -44,10 +44,11 @@ class OutputHead {
 };
 
 struct TokenScore {
-  double nll = 0;          // of the target, nats
-  double kl = 0;           // KL(reference || model), with a reference
-  bool is_top1 = false;    // no logit is larger than the target's
-  bool same_top1 = false;  // with a reference
+  double nll = 0;            // of the target, nats
+  double kl = 0;             // KL(reference || model), with a reference
+  double reference_nll = 0;  // of the target, with a reference
+  bool is_top1 = false;      // no logit is larger than the target's
+  bool same_top1 = false;    // with a reference
 };
 
 // hidden [rows, hidden] before the final norm, targets [rows].

@@ -1,5 +1,7 @@
 """What the presets cost on stories15M, as docs/results.md reports it: a guard against losing accuracy unnoticed."""
-from harness import STORIES_15M, TINY, TestCase, fireq_json, main
+import numpy as np
+
+from harness import DATA, STORIES_15M, TINY, TestCase, fireq, fireq_json, main
 
 EVALUATE = ("--text", TINY, "--skip-chars", 50000, "--max-chars", 40000, "--bos", "head", "--ctx", 256)
 CALIBRATE = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 60000, "--samples", 64, "--length", 256)
@@ -29,6 +31,32 @@ class Stories15M(TestCase):
 
     def test_best(self):
         self.assertLess(self.cost("best", "--preset", "best", *CALIBRATE), 0.04)
+
+
+class Families(TestCase):
+    """Every family and feature that is read, in models of random weights: what a better preset is for holds on each."""
+
+    def test_presets_on_every_family(self):
+        rng = np.random.default_rng(31)
+        files = [self.shared / "calibrate.u32", self.shared / "evaluate.u32"]
+        for path, count in zip(files, (6000, 4096)):
+            rng.integers(0, 80, count).astype("<u4").tofile(path)
+        models = sorted((DATA / "tiny").iterdir())
+        self.assertGreaterEqual(len(models), 16)
+        for model in models:
+            kl = {}
+            for preset in ("paper", "fast", "best"):
+                out = self.quantised(f"{model.name}-{preset}", model, "--preset", preset, "--tokens", files[0],
+                                     "--samples", 10, "--length", 256)
+                for cache in ("fp", "int4"):
+                    report = fireq_json("eval", out, "--tokens", files[1], "--ctx", 256, "--kv", cache, "--reference", model)
+                    kl[preset, cache] = report["kl_mean"]
+                fireq("validate", out, "--reference", model, "--quiet")
+            with self.subTest(model.name):
+                print(model.name, {f"{p} {c}": round(v, 4) for (p, c), v in kl.items()})
+                for cache in ("fp", "int4"):
+                    self.assertLess(kl["fast", cache], 0.95 * kl["paper", cache])
+                    self.assertLess(kl["best", cache], 0.8 * kl["fast", cache])
 
 
 if __name__ == "__main__":

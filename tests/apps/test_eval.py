@@ -154,21 +154,27 @@ class Reference(TestCase):
                          "--bos", "head", "--activations", "fp", "--kv", "fp", "--qp", "fp")
         ids = [1] + oracle.SentencePiece(STORIES_260K / "tokenizer.model").encode(tiny(0, 3000))
         p, q = oracle.Model(STORIES_260K), oracle.Model(packed)
-        kl, same = [], []
+        kl, same, delta = [], [], []
         for window in oracle.windows(ids, 128):
             lp, lq = (m.logits(window)[:-1].astype(np.float64) for m in (p, q))
             lp -= np.log(np.exp(lp).sum(axis=1, keepdims=True))
             lq -= np.log(np.exp(lq).sum(axis=1, keepdims=True))
             kl.append((np.exp(lp) * (lp - lq)).sum(axis=1))
             same.append(lp.argmax(axis=1) == lq.argmax(axis=1))
-        kl, same = np.concatenate(kl), np.concatenate(same)
+            target = np.arange(len(lp)), np.asarray(window[1:])
+            delta.append(lp[target] - lq[target])
+        kl, same, delta = np.concatenate(kl), np.concatenate(same), np.concatenate(delta)
         self.assertAlmostEqual(got["kl_mean"], kl.mean(), delta=1e-4 * kl.mean() + 1e-6)
         self.assertAlmostEqual(got["kl_max"], kl.max(), delta=1e-3 * kl.max())
         self.assertAlmostEqual(got["top1_agree"], same.mean(), delta=2 / len(same))
+        self.assertAlmostEqual(got["delta_nll"], delta.mean(), delta=2e-5)
+        for key, values in (("delta_nll_stderr", delta), ("kl_stderr", kl)):
+            self.assertAlmostEqual(got[key], values.std(ddof=1) / len(values) ** 0.5, delta=1e-3 * got[key], msg=key)
 
     def test_a_model_against_itself(self):
         got = fireq_json("eval", STORIES_260K, "--reference", STORIES_260K, "--text", TINY, "--max-chars", 3000)
         self.assertLess(abs(got["kl_mean"]), 1e-9)
+        self.assertEqual((0, 0), (got["delta_nll"], got["delta_nll_stderr"]))
         self.assertEqual(1, got["top1_agree"])
 
     def test_a_reference_with_another_vocabulary_is_refused(self):

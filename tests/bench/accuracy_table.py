@@ -100,17 +100,19 @@ class Runner:
         return folder, result
 
 
-def row(run, model, base, folder, parts):
+def row(run, model, folder, parts):
     cells = {}
     for name, options in parts:
         r = run("eval", folder, *model["eval"], *options, "--reference", model["path"])
-        cells[name] = {"dnll": r["nll_per_token"] - base["nll_per_token"], "kl": r["kl_mean"], "ppl": r["ppl"],
-                       "top1": r["top1_agree"], "stderr": r["nll_stderr"]}
+        cells[name] = {"dnll": r["delta_nll"], "kl": r["kl_mean"], "ppl": r["ppl"], "top1": r["top1_agree"],
+                       "dnll_stderr": r["delta_nll_stderr"], "kl_stderr": r["kl_stderr"]}
     return cells
 
 
 def show(cells):
-    return " | ".join(f"{c['dnll']:+.4f} / {c['kl']:.4f} / {c['ppl']:.3f}" for c in cells.values())
+    """Standard errors in the last digits: +0.0371(21) is +0.0371 ± 0.0021."""
+    return " | ".join(f"{c['dnll']:+.4f}({1e4 * c['dnll_stderr']:.0f}) / {c['kl']:.4f}({1e4 * c['kl_stderr']:.0f}) / "
+                      f"{c['ppl']:.3f}" for c in cells.values())
 
 
 def main():
@@ -140,11 +142,11 @@ def main():
                 if not re.search(args.match, name):
                     continue
                 folder, q = run.quantize(model, recipe, calibration)
-                cells = row(run, model, base, folder, PARTS)
+                cells = row(run, model, folder, PARTS)
                 table["rows"][name] = {"bytes": q["bytes_after"], "cells": cells}
                 print(f"| {name} | {q['bytes_after']:,} ({q['bytes_after'] / q['bytes_before']:.3f}) | {show(cells)} |", flush=True)
                 if name == "fast":
-                    extra = row(run, model, base, folder, CACHE_PARTS)
+                    extra = row(run, model, folder, CACHE_PARTS)
                     table["rows"][name]["cache"] = extra
                     for part, cell in extra.items():
                         print(f"| fast, {part} alone | | {show({part: cell})} | | |", flush=True)
@@ -155,7 +157,7 @@ def main():
                 if not re.search(args.match, name):
                     continue
                 folder, q = run.quantize(model, recipe, "calib")
-                cells = row(run, model, base, folder, PARTS[1:])
+                cells = row(run, model, folder, PARTS[1:])
                 table["rows"][name] = {"bytes": q["bytes_after"], "cells": cells}
                 print(f"| {name} | {show(cells)} |", flush=True)
     if args.json:

@@ -16,6 +16,7 @@ import oracle  # noqa: E402
 from harness import STORIES_260K, read_tensors  # noqa: E402
 
 BUILD = Path(os.environ["FIREQ_BUILD"])
+os.environ["CMAKE_GENERATOR"] = "Ninja"  # what the project's own scripts install; make may not be there
 TENSOR = "model.layers.1.mlp.down_proj.weight"
 
 
