@@ -49,6 +49,15 @@ struct QuantizePlan {
 };
 QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options);
 
+// Resident memory of a run on a model of this shape, calibrated on so many tokens (0: none, or statistics
+// from a file), in bytes.
+struct MemoryPlan {
+  std::uint64_t largest_layer_fp32 = 0;
+  std::uint64_t calibration_bytes = 0;
+  std::uint64_t peak = 0;  // upper estimate: layers in FP32, calibration_bytes, fixed buffers
+};
+MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe, std::uint64_t tokens);
+
 struct LayerReport {
   double relative_error =
       0;  // Frobenius, all seven linears against the folded weights (0 for linears read raw)
