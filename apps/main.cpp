@@ -113,6 +113,7 @@ int main(int argc, char** argv) {
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
   fireq::apps::add_export(app, run);
+  fireq::apps::add_diff(app, run);
   fireq::apps::add_generate(app, run);
   fireq::apps::add_bench(app, run);
   fireq::apps::add_doctor(app, run);
