@@ -26,6 +26,8 @@ void add_inspect(CLI::App& app, Runner& run);
 void add_validate(CLI::App& app, Runner& run);
 void add_generate(CLI::App& app, Runner& run);
 void add_export(CLI::App& app, Runner& run);
+void add_doctor(CLI::App& app, Runner& run);
+void add_diff(CLI::App& app, Runner& run);
 
 void add_common_options(CLI::App& app, CommonOptions& options);
 

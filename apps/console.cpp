@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -28,9 +29,25 @@ double since(Clock::time_point t) {
   return std::chrono::duration<double>(Clock::now() - t).count();
 }
 
+std::string_view variable(const char* name) {
+  const char* value = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): read before threads start
+  return value == nullptr ? std::string_view() : std::string_view(value);
+}
+
+// A terminal that understands more than lines.
+bool is_terminal(int descriptor) {
+  return isatty(descriptor) == 1 && variable("TERM") != "dumb";
+}
+
 }  // namespace
 
-ConsoleProgress::ConsoleProgress(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1) {}
+std::string coloured(int descriptor, Colour colour, const std::string& text) {
+  if (!is_terminal(descriptor) || !variable("NO_COLOR").empty()) return text;
+  static constexpr std::array<const char*, 3> kCodes{"31", "33", "32"};
+  return fmt::format("\x1b[{}m{}\x1b[0m", kCodes[static_cast<std::size_t>(colour)], text);
+}
+
+ConsoleProgress::ConsoleProgress(bool quiet) : quiet_(quiet), terminal_(is_terminal(STDERR_FILENO)) {}
 
 ConsoleProgress::~ConsoleProgress() {
   clear_line();
@@ -83,7 +100,7 @@ void ConsoleProgress::clear_line() {
 void ConsoleProgress::warning(std::string_view line) {
   clear_line();
   ++warnings_;
-  fmt::print(stderr, "fireq: warning: {}\n", line);
+  fmt::print(stderr, "fireq: {} {}\n", coloured(STDERR_FILENO, Colour::yellow, "warning:"), line);
 }
 
 void write_stdout(std::string_view text) {

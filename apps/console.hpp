@@ -18,8 +18,8 @@ struct CommonOptions {
   bool quiet = false;
 };
 
-// A bar on a terminal, plain lines otherwise; nothing for work under two seconds, nothing when quiet.
-// Warnings are always shown, and counted.
+// A bar on a terminal (one that moves its cursor: not TERM=dumb), plain lines otherwise; nothing for work
+// under two seconds, nothing when quiet. Warnings are always shown, and counted.
 class ConsoleProgress : public Progress {
  public:
   explicit ConsoleProgress(bool quiet);
@@ -53,6 +53,11 @@ class Report {
  private:
   const CommonOptions& options_;
 };
+
+enum class Colour : std::uint8_t { red, yellow, green };
+// `text` in a colour where the file descriptor is a terminal that shows colours and NO_COLOR is not set
+// (no-color.org); else as it is.
+std::string coloured(int descriptor, Colour colour, const std::string& text);
 
 // Error(environment) when the text cannot be written: a full disk, a reader that has gone.
 void write_stdout(std::string_view text);

@@ -9,9 +9,9 @@
 #include <new>
 #include <system_error>
 
+#include "apps/build_features.hpp"
 #include "apps/cmd_bench.hpp"
 #include "apps/commands.hpp"
-#include "apps/html_report.hpp"
 #include "apps/shell_files.hpp"
 #include "common/error.hpp"
 #include "common/nearest.hpp"
@@ -37,7 +37,8 @@ void install_signal_handlers() {
 }
 
 int fail(ErrorKind kind, const std::string& line) {
-  fmt::print(stderr, "fireq: error: {}\n", line);
+  fmt::print(stderr, "fireq: {} {}\n",
+             fireq::apps::coloured(STDERR_FILENO, fireq::apps::Colour::red, "error:"), line);
   return static_cast<int>(kind);
 }
 
@@ -65,27 +66,6 @@ void require_known_subcommand(const CLI::App& app, int argc, const char* const* 
   throw fireq::Error(ErrorKind::usage, fmt::format("there is no subcommand '{}'", word))
       .expected(fmt::format("{}", fmt::join(names, ", ")))
       .hint(fmt::format("did you mean '{}'? See fireq --help", fireq::nearest_name(word, names)));
-}
-
-// The version, and what this build has and lacks.
-std::string version_text() {
-  std::vector<std::string> with, without;
-  const auto feature = [&](bool present, const char* name) { (present ? with : without).emplace_back(name); };
-#if FIREQ_TOKENIZERS
-  constexpr bool kTokenizers = true;
-#else
-  constexpr bool kTokenizers = false;
-#endif
-  feature(kTokenizers, "tokenizers");
-  feature(FIREQ_WITH_HIGHWAY != 0, "vectorised loops");
-  feature(fireq::apps::html_report_available(), "HTML report");
-  feature(FIREQ_WITH_CUDA != 0, "CUDA kernels");
-#ifdef FIREQ_SANITIZE
-  feature(true, "sanitizers (" FIREQ_SANITIZE ")");
-#endif
-  std::string text = fmt::format("fireq {}\nwith: {}", fireq::apps::tool_version(), fmt::join(with, ", "));
-  if (!without.empty()) text += fmt::format("\nwithout: {}", fmt::join(without, ", "));
-  return text;
 }
 
 // `fireq completion SHELL` and `fireq manual` print what an installation puts into the system's folders.
@@ -121,7 +101,7 @@ int main(int argc, char** argv) {
   install_signal_handlers();
   CLI::App app{"fireq: INT4 weights, FP8 activations and an INT4 KV cache for Llama-family checkpoints",
                "fireq"};
-  app.set_version_flag("--version", version_text());
+  app.set_version_flag("--version", fireq::apps::version_text());
   app.require_subcommand(1);
   app.footer(
       "Exit codes: 0 success, 1 compared and out of tolerance, 2 usage, 3 bad input, 4 environment, 5 "
@@ -133,8 +113,10 @@ int main(int argc, char** argv) {
   fireq::apps::add_inspect(app, run);
   fireq::apps::add_validate(app, run);
   fireq::apps::add_export(app, run);
+  fireq::apps::add_diff(app, run);
   fireq::apps::add_generate(app, run);
   fireq::apps::add_bench(app, run);
+  fireq::apps::add_doctor(app, run);
   add_shell_files(app, run);
   try {
     require_known_subcommand(app, argc, argv);

@@ -57,6 +57,14 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
 std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& options, std::uint64_t layer,
                            std::size_t linear, const ModuleChoice& choice);
 
+// Resident memory in bytes of a run on a model of this shape. windows: null when it does not calibrate.
+struct MemoryPlan {
+  std::uint64_t largest_layer_fp32 = 0;
+  std::uint64_t calibration_bytes = 0;
+  std::uint64_t peak = 0;  // upper estimate: layers in FP32, calibration_bytes, fixed buffers
+};
+MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe, const Windows* windows);
+
 struct QuantizeResult {
   std::uint64_t bytes_before = 0, bytes_after = 0;                // tensor data
   std::uint64_t linears = 0, fp8_linears = 0, plain_linears = 0;  // in 4 bits, in FP8, as they were

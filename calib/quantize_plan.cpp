@@ -39,6 +39,25 @@ std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& op
          (choice.own_levels ? sizeof(choice.weights.levels.magnitude) : 0);
 }
 
+MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe, const Windows* windows) {
+  MemoryPlan plan;
+  for (std::size_t i = 0; i < kLinears; ++i) {
+    const auto [rows, cols] = formats::linear_shape(config, i);
+    plan.largest_layer_fp32 += rows * cols * sizeof(float);
+  }
+  plan.peak = 2 * plan.largest_layer_fp32;
+  if (recipe.needs_text() && windows != nullptr) {
+    plan.calibration_bytes = TwoStreams::bytes(config, recipe, *windows);
+    // The layer as it is, its targets and its panels for both streams.
+    plan.peak += 2 * plan.largest_layer_fp32;
+  } else if (recipe.needs_statistics() && windows != nullptr) {
+    // Hidden states of all windows; a layer's working set is bounded and part of the fixed share.
+    plan.calibration_bytes = windows->ids.size() * config.hidden * sizeof(float);
+  }
+  plan.peak += plan.calibration_bytes + kFixedMemory;
+  return plan;
+}
+
 QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options) {
   const formats::ModelConfig& config = source.config();
   const formats::CheckpointReader& reader = source.reader();
@@ -46,7 +65,6 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
   const Modules modules = modules_of(source, options.recipe);
   QuantizePlan plan;
   plan.bytes_before = reader.total_bytes();
-  std::uint64_t layer_elements = 0;
   std::set<std::string> replaced;
   for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
     const auto names = formats::linear_names(layer);
@@ -64,7 +82,6 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
         const bool stored = reader.contains(bias) && !changes.bias_changed[i];
         plan.bytes_after += stored ? reader.tensor(bias).data.size() : rows * sizeof(float);
       }
-      if (layer == 0) layer_elements += rows * cols;
       replaced.insert(tensor);
       plan.linears.push_back(std::move(linear));
     }
@@ -112,17 +129,11 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     plan.bytes_after += bytes;
     plan.kept.emplace_back(name, why);
   }
-  plan.largest_layer_fp32 = layer_elements * sizeof(float);
-  if (options.calibration && options.recipe.needs_statistics() && !options.statistics_path) {
-    // Hidden states of all windows; a layer's working set is bounded and part of the fixed share.
-    plan.calibration_bytes = options.calibration->ids.size() * config.hidden * sizeof(float);
-  }
-  if (options.recipe.needs_text() && options.calibration) {
-    plan.calibration_bytes = TwoStreams::bytes(config, options.recipe, *options.calibration);
-    // The layer as it is, its targets and its panels for both streams.
-    plan.peak_memory = 2 * plan.largest_layer_fp32;
-  }
-  plan.peak_memory += 2 * plan.largest_layer_fp32 + plan.calibration_bytes + kFixedMemory;
+  const bool calibrates = options.calibration && (options.recipe.needs_text() || !options.statistics_path);
+  const MemoryPlan memory = plan_memory(config, options.recipe, calibrates ? &*options.calibration : nullptr);
+  plan.largest_layer_fp32 = memory.largest_layer_fp32;
+  plan.calibration_bytes = memory.calibration_bytes;
+  plan.peak_memory = memory.peak;
   return plan;
 }
 

@@ -29,6 +29,14 @@ class OpenBlas {
   decltype(&cblas_dgemm) dgemm = nullptr;
   decltype(&cblas_dtrsm) dtrsm = nullptr;
 
+  std::string description() {
+    decltype(&openblas_get_config) config = nullptr;
+    decltype(&openblas_get_corename) core = nullptr;
+    resolve(config, "openblas_get_config");
+    resolve(core, "openblas_get_corename");
+    return std::string(config()) + ", loops for " + core();
+  }
+
   // Holds the turn of a build that needs turns.
   std::unique_lock<std::mutex> turn() {
     return takes_turns_ ? std::unique_lock(mutex_) : std::unique_lock<std::mutex>();
@@ -78,6 +86,10 @@ CBLAS_TRANSPOSE transposed(Op op) {
 }
 
 }  // namespace
+
+std::string description() {
+  return OpenBlas::instance().description();
+}
 
 void gemm(Op op_a, Op op_b, std::size_t m, std::size_t n, std::size_t k, float alpha, View<const float> a,
           View<const float> b, float beta, View<float> c) {

@@ -5,8 +5,13 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace fireq::libquant::blas {
+
+// Which library serves: "OpenBLAS 0.3.21 ..., loops for Haswell, pthread". Error(environment) when none can
+// be loaded, as from every other function here.
+std::string description();
 
 enum class Op : bool { none, transpose };
 

@@ -7,7 +7,7 @@ import subprocess
 from harness import (CALIBRATE_260K, DATA, ENVIRONMENT, GRIMM, INPUT, ROOT, STORIES_15M, STORIES_260K, TINY, USAGE,
                      TestCase, arguments, copy_model, environment, fireq, fireq_json, has_gpu, main, parse_json, refused)
 
-SUBCOMMANDS = ("quantize", "calibrate", "eval", "inspect", "validate", "generate", "export")
+SUBCOMMANDS = ("quantize", "calibrate", "eval", "inspect", "validate", "generate", "export", "doctor", "diff")
 
 
 class Help(TestCase):
