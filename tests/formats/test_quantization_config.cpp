@@ -337,8 +337,10 @@ TEST_F(FireqTensors, ModulesInFp8) {
   expect_refused(
       {.message = "wrong shape", .tensor = down + "weight_scale", .expected = "[64]", .found = "[1]"});
   tensors.erase(down + "weight_scale");
-  expect_refused(
-      {.message = "the tensor is missing", .tensor = down + "weight_scale", .expected = "F32 [64]"});
+  expect_refused({.message = "the tensor is missing",
+                  .path = folder.path(),
+                  .tensor = down + "weight_scale",
+                  .expected = "F32 [64]"});
   // A scale that nothing speaks of is no tensor of this folder.
   plain(down + "weight_scale", "F32", "[64]", 256);
   plain("model.embed_tokens.weight_scale", "F32", "[64]", 256);
