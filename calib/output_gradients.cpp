@@ -181,8 +181,11 @@ std::uint64_t OutputGradients::bytes(const formats::ModelConfig& config, const W
     const std::uint64_t n = formats::linear_shape(config, i)[0];
     squares += n * n * sizeof(float);
   }
+  // Two linears (gate and up) are rounded at a time: FP64 and FP32 factors, and what RowsTogether says it
+  // needs.
+  const std::uint64_t rounding = 2 * widest * (16 * widest + 20 * config.hidden + 16'384);
   return tokens * config.hidden * (config.layers * sizeof(std::uint16_t) + 3 * sizeof(float)) + squares +
-         16 * widest * widest;
+         rounding;
 }
 
 }  // namespace fireq::calib

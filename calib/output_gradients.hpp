@@ -25,7 +25,7 @@ class OutputGradients {
   OutputSums sums(std::uint64_t layer, const LayerWeights& weights, std::span<const float> hidden);
 
   static std::uint64_t tokens_used(const Windows& windows);
-  // Resident bytes: what is kept, the work of one layer, its sums and the factor of the widest output.
+  // Resident bytes: what is kept, the work of one layer, its sums, and rounding its widest linears.
   static std::uint64_t bytes(const formats::ModelConfig& config, const Windows& windows);
 
  private:
