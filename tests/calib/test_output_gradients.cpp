@@ -177,10 +177,10 @@ TEST(OutputGradients, CurvatureIsThatOfTheDivergence) {
   source->head_rows(0, config.vocab, head);
   const std::vector<float> norm = source->final_norm();
   // Runs from before layer `first`; log-probabilities [tokens, vocab].
-  const auto predict = [&](std::uint64_t first, std::vector<float> hidden, LayerWeights changed) {
+  const auto predict = [&](std::uint64_t first, std::vector<float> hidden, const LayerWeights& changed) {
     for (std::uint64_t layer = first; layer < config.layers; ++layer) {
-      run_layer(config, layer == first ? std::move(changed) : source->load_layer(layer, 2), layer, rope,
-                Precision{}, hidden, windows.count, 1, 2, nullptr);
+      run_layer(config, layer == first ? changed : source->load_layer(layer, 2), layer, rope, Precision{},
+                hidden, windows.count, 1, 2, nullptr);
     }
     Doubles out(windows.count * config.vocab);
     for (std::uint64_t t = 0; t < windows.count; ++t) {
