@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import unittest
+from pathlib import Path
 
 from export_models import random_tokens
 from harness import ENVIRONMENT, TestCase, fireq, fireq_json, main, refused
@@ -47,12 +48,16 @@ int nvmlShutdown(void) { return 0; }
 
 def peak(shape, best, tokens=10 * 2048):
     """The bound of docs/forward-pass.md, "Memory", and what preset best adds."""
-    hidden, ffn, _, heads, kv_heads, head = shape
+    hidden, ffn, layers, heads, kv_heads, head = shape
     layer = 4 * hidden * (2 * heads * head + 2 * kv_heads * head + 3 * ffn)
     if not best:
         return 2 * layer + 4 * tokens * hidden + 200_000_000
     widest = max(hidden, heads * head, ffn)
-    return 4 * layer + tokens * (8 * hidden + widest) + 24 * widest**2 + 200_000_000
+    # docs/recipes.md, "What best does": the gradients of 16,384 tokens, and rounding two linears at a time.
+    outputs = (16384 * hidden * (2 * layers + 12) +
+               4 * sum(n * n for n in (heads * head, kv_heads * head, kv_heads * head, hidden, ffn, ffn, hidden)) +
+               2 * widest * (16 * widest + 20 * hidden + 16384))
+    return 4 * layer + tokens * (8 * hidden + widest) + 24 * widest**2 + outputs + 200_000_000
 
 
 class Doctor(TestCase):
@@ -92,7 +97,7 @@ class Doctor(TestCase):
         self.assertIn(report["version"], version)
         for name, present in report["build"].items():
             self.assertRegex(version, rf"{'with' if present else 'without'}: .*{re.escape(name)}")
-        cpuinfo = open("/proc/cpuinfo").read()
+        cpuinfo = Path("/proc/cpuinfo").read_text()
         flags = set(re.search(r"^(?:flags|Features)\s*: (.*)", cpuinfo, re.M)[1].split())
         self.assertLessEqual(set(report["cpu"]["features"]), flags)
         self.assertEqual("avx2" in flags, "avx2" in report["cpu"]["features"])
@@ -100,7 +105,7 @@ class Doctor(TestCase):
         self.assertEqual(len(os.sched_getaffinity(0)), report["cpu"]["usable"])
         if report["build"]["vectorised loops"] and "avx2" in flags:
             self.assertIn(report["cpu"]["loops"]["forward"], ("AVX2", "AVX3"))
-        total = int(re.search(r"MemTotal: +(\d+)", open("/proc/meminfo").read())[1]) * 1024
+        total = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         self.assertEqual(total, report["memory"]["total"])
         self.assertLess(0, report["memory"]["available"])
         self.assertLessEqual(report["memory"]["available"], total)
