@@ -105,7 +105,7 @@ Modules::Modules(const Recipe& recipe, const formats::ModelConfig& config, bool 
     }
     if (precision == ModulePrecision::int4) {
       throw Error(ErrorKind::usage, "pattern '" + pattern + "': " + names[i] + " cannot be in 4 bits")
-          .expected("\"fp8\" or \"original\"")
+          .expected(R"("fp8" or "original")")
           .found("\"int4\"");
     }
     (i == embedding_index ? embeddings_ : head_) = precision;
@@ -141,8 +141,8 @@ Modules::Modules(const Recipe& recipe, const formats::ModelConfig& config, bool 
     if (head_ == ModulePrecision::fp8 && embeddings_ != ModulePrecision::fp8) {
       throw Error(ErrorKind::usage, "the output head of this model is its embedding")
           .expected("the head in the embedding's precision")
-          .found("head \"fp8\", embeddings \"original\"")
-          .hint("set \"embeddings\" to \"fp8\": the head follows");
+          .found(R"(head "fp8", embeddings "original")")
+          .hint(R"(set "embeddings" to "fp8": the head follows)");
     }
     head_ = ModulePrecision::original;  // no matrix of its own
   }

@@ -89,7 +89,7 @@ class Planner {
           .expected("--target-size of " + std::to_string(least_bytes_ + header_bytes_) + " bytes or more")
           .found(std::to_string(*goal_.size))
           .hint(modules_.embeddings() == ModulePrecision::original
-                    ? "a recipe with \"embeddings\": \"fp8\" makes embedding and head smaller"
+                    ? R"(a recipe with "embeddings": "fp8" makes embedding and head smaller)"
                     : "ignore fewer modules");
     }
     measure();

@@ -23,7 +23,6 @@ namespace {
 
 using formats::FireqWriter;
 using formats::ModulePrecision;
-using formats::WeightLayout;
 using libquant::QuantizedLinear;
 using libquant::RowScale;
 using StagedTensor = FireqWriter::Tensor;

@@ -226,10 +226,10 @@ void apply(Recipe& recipe, std::string_view section, const json& object);
 
 // What an override says of weights, checked as a recipe's own keys are.
 void check_weight_keys(const Recipe& recipe, const json& keys) {
-  if (!keys.is_object()) refuse("an object with keys of \"weights\"", keys);
+  if (!keys.is_object()) refuse(R"(an object with keys of "weights")", keys);
   if (keys.contains("row_scale")) {
     throw Error(ErrorKind::usage, "value is not allowed")
-        .expected("any key of \"weights\" but row_scale, which is one for the folder")
+        .expected(R"(any key of "weights" but row_scale, which is one for the folder)")
         .found("row_scale");
   }
   Recipe scratch = recipe;
@@ -237,11 +237,11 @@ void check_weight_keys(const Recipe& recipe, const json& keys) {
 }
 
 void set_overrides(Recipe& r, const json& v) {
-  if (!v.is_array()) refuse("a list of objects {\"match\", \"precision\", \"weights\"}", v);
+  if (!v.is_array()) refuse(R"(a list of objects {"match", "precision", "weights"})", v);
   r.overrides.clear();
   r.override_needs_statistics = false;
   for (const json& item : v) {
-    if (!item.is_object() || !item.contains("match")) refuse("objects with a key \"match\"", item);
+    if (!item.is_object() || !item.contains("match")) refuse(R"(objects with a key "match")", item);
     Override o;
     for (const auto& entry : item.items()) {
       const std::string& key = entry.key();

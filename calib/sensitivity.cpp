@@ -135,12 +135,13 @@ class Variants {
       }
       LayerPanels panels = pack_layer(std::move(folded.weights), run_.threads);
       for (LinearPanels& l : panels.linear) l.plain_input = true;
-      for (const auto& [unit, first] : places) {
+      for (const auto& place : places) {
         check_interrupt();
-        std::size_t from = first;
         const auto swap = [&] {
-          from = first;
-          for (const std::size_t i : units[unit].linears) std::swap(panels.linear[i], replaced[from++]);
+          std::size_t from = place.second;
+          for (const std::size_t i : units[place.first].linears) {
+            std::swap(panels.linear[i], replaced[from++]);
+          }
         };
         swap();
         variants.push_back(base);
@@ -225,14 +226,14 @@ Windows sample_windows(const Windows& windows, std::uint64_t tokens) {
   return out;
 }
 
-double stored_kl(const WeightSource& model, const WeightSource& original, const Windows& windows,
+double stored_kl(const WeightSource& packed, const WeightSource& original, const Windows& windows,
                  int threads) {
   EvaluationOptions options;
   options.precision = stored_precision();
   options.threads = threads;
   options.reference = &original;
   Progress silent;
-  return *evaluate(model, windows, options, silent).kl_mean;
+  return *evaluate(packed, windows, options, silent).kl_mean;
 }
 
 double planned_kl(const PlannedRun& run, const Windows& windows) {

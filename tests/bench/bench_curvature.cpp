@@ -38,7 +38,7 @@ struct Stage {
     const auto start = std::chrono::steady_clock::now();
     struct Add {
       Stage& stage;
-      double before;
+      double before = 0;
       std::chrono::steady_clock::time_point start;
       ~Add() {
         stage.wall += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
