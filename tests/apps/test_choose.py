@@ -114,10 +114,10 @@ class Ignore(Choosing):
         self.assertLess(10 * plain, fp8)
 
     def test_what_matches_nothing(self):
-        refused("quantize", STORIES_260K, "-o", self.tmp / "out", "--preset", "rtn", "--ignore",
+        refused("quantize", "-q", STORIES_260K, "-o", self.tmp / "out", "--preset", "rtn", "--ignore",
                 "model.layers.0.mlp.dwn_proj", code=USAGE,
                 parts=("matches no module", "nearest module is model.layers.0.mlp.down_proj"))
-        refused("quantize", STORIES_260K, "-o", self.tmp / "out", "--preset", "rtn", "--ignore", "re:(",
+        refused("quantize", "-q", STORIES_260K, "-o", self.tmp / "out", "--preset", "rtn", "--ignore", "re:(",
                 code=USAGE, parts=("re:(", "regular expression"))
 
 
@@ -181,7 +181,7 @@ class Fp8(Choosing):
     def test_a_tied_head_follows_its_embedding(self):
         path = self.tmp / "head.json"
         path.write_text('{"preset": "rtn", "head": "fp8"}')
-        refused("quantize", STORIES_260K, "-o", self.tmp / "out", "--recipe", path, code=USAGE,
+        refused("quantize", "-q", STORIES_260K, "-o", self.tmp / "out", "--recipe", path, code=USAGE,
                 parts=("embedding", "the head follows"))
 
     def test_exports(self):
@@ -249,7 +249,7 @@ class Fp8(Choosing):
             with open(copy / path.name, "r+b") as f:
                 f.seek(begin + header[tensor]["data_offsets"][0] + offset)
                 f.write(value)
-            refused("validate", copy, code=INPUT, parts=parts)
+            refused("validate", "-q", copy, code=INPUT, parts=parts)
 
         damage(name + ".weight", 64 + 3, b"\x7f", name, "NaN at [1, 3]")
         damage(name + ".weight_scale", 8, b"\0\0\0\0", name, "row scale", "row 2")

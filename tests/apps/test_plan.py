@@ -112,22 +112,22 @@ class Plan(TestCase):
         self.assertGreater(bytes_before, plain["bytes_after"])
 
     def test_impossible_goals_name_what_is_possible(self):
-        line = refused("quantize", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--target-size", "10kB",
+        line = refused("quantize", "-q", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--target-size", "10kB",
                        *self.text, code=USAGE, parts=("not become as small", "embeddings"))
         least = int(line.split("--target-size of ")[1].split(" bytes")[0])
         self.plan("--preset", "rtn", "--target-size", least)
-        refused("quantize", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--target-size", least - 1,
+        refused("quantize", "-q", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--target-size", least - 1,
                 *self.text, code=USAGE, parts=(least,))
-        line = refused("quantize", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", "1e-12",
+        line = refused("quantize", "-q", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", "1e-12",
                        *self.text, code=USAGE, parts=("KL does not become as small",))
         smallest = line.split("--max-kl of ")[1].split(" ")[0]
         self.plan("--preset", "rtn", "--max-kl", smallest)
         self.assert_nothing_published(self.tmp / "out")
 
     def test_needs_text_and_one_goal(self):
-        refused("quantize", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", 1, code=USAGE,
+        refused("quantize", "-q", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", 1, code=USAGE,
                 parts=("--text",))
-        refused("quantize", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", 1, "--target-size",
+        refused("quantize", "-q", self.model, "-o", self.tmp / "out", "--preset", "rtn", "--max-kl", 1, "--target-size",
                 "1GB", *self.text, code=USAGE, parts=("excludes",))
 
     def test_what_the_recipe_says_stays(self):
