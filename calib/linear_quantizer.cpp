@@ -13,6 +13,15 @@ using libquant::RowScale;
 
 constexpr std::uint64_t kRowsPerTask = 32;
 
+// use(begin, count) for parts of the rows, side by side.
+template <typename Use>
+void for_row_parts(std::uint64_t rows, int threads, const Use& use) {
+  parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](std::size_t t) {
+    const std::uint64_t begin = t * kRowsPerTask;
+    use(begin, std::min(kRowsPerTask, rows - begin));
+  });
+}
+
 // The per-tensor search; add(search, begin, count) feeds it rows. Sums are integers: any cut gives the same
 // s.
 template <typename Add>
@@ -35,7 +44,6 @@ QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choi
                                 std::uint64_t& saturated_groups) {
   const bool per_tensor = choice.weights.row_scale == RowScale::tensor;
   QuantizedLinear q = libquant::make_quantized_linear(w.rows, w.cols, choice.weights.levels, per_tensor);
-  const std::uint64_t tasks = (w.rows + kRowsPerTask - 1) / kRowsPerTask;
   const std::span<const float> all(w.weight);
   if (per_tensor) {
     const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
@@ -46,9 +54,7 @@ QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choi
     q.row_scales[0] = 1.0F / found.scale();
     saturated_groups = found.saturated_groups();
   }
-  parallel_for(tasks, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, w.rows - begin);
+  for_row_parts(w.rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     libquant::quantize_rows(all.subspan(begin * w.cols, count * w.cols), begin, count, choice.weights,
                             choice.weighted_search ? input_mean_square : std::span<const float>{}, q);
   });
@@ -63,7 +69,6 @@ QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
   const bool per_tensor = choice.weights.row_scale == RowScale::tensor;
   QuantizedLinear q = libquant::make_quantized_linear(rows, cols, choice.weights.levels, per_tensor);
   const std::uint64_t row_bytes = cols * dtype_size(view.dtype);
-  const std::uint64_t tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   if (per_tensor) {
     const auto add = [&](auto& search, std::uint64_t begin, std::uint64_t count) {
       search.add_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, count, cols);
@@ -73,9 +78,7 @@ QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
     q.row_scales[0] = 1.0F / found.scale();
     saturated_groups = found.saturated_groups();
   }
-  parallel_for(tasks, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, rows - begin);
+  for_row_parts(rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     libquant::quantize_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, begin,
                                 count, choice.weights,
                                 choice.weighted_search ? input_mean_square : std::span<const float>{}, q);
@@ -86,9 +89,7 @@ QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
 libquant::Fp8Linear quantize_fp8(std::span<const float> weight, std::uint64_t rows, std::uint64_t cols,
                                  int threads) {
   libquant::Fp8Linear q = libquant::make_fp8_linear(rows, cols);
-  parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, rows - begin);
+  for_row_parts(rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     libquant::quantize_fp8_rows(weight.subspan(begin * cols, count * cols), begin, count, q);
   });
   return q;
@@ -98,9 +99,7 @@ libquant::Fp8Linear quantize_fp8(const TensorView& view, int threads) {
   const std::uint64_t rows = view.shape.at(0);
   const std::uint64_t cols = view.shape.at(1);
   libquant::Fp8Linear q = libquant::make_fp8_linear(rows, cols);
-  parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](std::size_t t) {
-    const std::uint64_t begin = t * kRowsPerTask;
-    const std::uint64_t count = std::min(kRowsPerTask, rows - begin);
+  for_row_parts(rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     std::vector<float> values(count * cols);
     tensor_to_float(view, begin * cols, values, true);
     libquant::quantize_fp8_rows(values, begin, count, q);
