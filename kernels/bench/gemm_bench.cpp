@@ -87,7 +87,7 @@ class Bench {
 
       std::vector<Candidate> candidates;
       const GemmConfig chosen = choose_gemm(device_, WeightLayout::sm90, m, s.n, s.k).config;
-      for (const GemmConfig& config : gemm_configs(device_, WeightLayout::sm90, m)) {
+      for (const GemmConfig& config : gemm_configs(device_, WeightLayout::sm90, m, s.k)) {
         const std::string name = to_string(config);
         const bool listed =
             std::find(args_.only.begin(), args_.only.end(), name) != args_.only.end() ||
@@ -98,8 +98,8 @@ class Bench {
           continue;
         if (config.route == Route::decode && config.token_tile > 8 && m <= config.token_tile / 2) continue;
         // Grids that would not fit at once.
-        if (config.route == Route::decode && config.cluster > 1 &&
-            (s.n + 127) / 128 * config.cluster > 2 * device_.multiprocessors)
+        if (config.route == Route::decode && (config.cluster > 1 || config.row_tile == 64) &&
+            ctas(s, m, config) > 2 * device_.multiprocessors)
           continue;
         if (config.route == Route::prefill &&
             (m < 64 || (m <= config.token_tile / 2 && config.token_tile > 128)))
@@ -118,7 +118,7 @@ class Bench {
         };
         if (args_.check && config.route != Route::portable) verify(x, w, tiles.get(), y, s, config, options);
         if (args_.profile && (config.route == Route::decode || config.route == Route::prefill) &&
-            (config.split_k || (s.n + 127) / 128 <= kMostCtas))
+            ctas(s, m, config) <= kMostCtas)
           profile(name, s, m, options, launch);
         candidates.push_back({name, config == chosen, std::make_unique<Chain>(launches, launch), {}, 0});
       }
@@ -138,6 +138,12 @@ class Bench {
 
  private:
   static constexpr std::size_t kMostCtas = 512, kProfiled = 6;
+
+  std::size_t ctas(const Shape& s, std::uint64_t m, const GemmConfig& config) const {
+    return config.route == Route::decode
+               ? decode_plan(s.n, s.k, config, device_.multiprocessors).workers
+               : std::size_t{2} * prefill_plan(s.n, s.k, m, config, device_.multiprocessors).workers;
+  }
 
   void profile(const std::string& name, const Shape& s, std::uint64_t m, const GemmOptions&,
                const std::function<void(int, cudaStream_t)>& launch) {

@@ -106,13 +106,14 @@ std::string describe_profile(const std::vector<CtaProfile>& before, const std::v
   char text[96];
   for (std::size_t s = 0; s < kStamps.size(); ++s) {
     double sum = 0, least = 1e30, most = -1e30;
-    for (const CtaProfile& c : last) {
+    for (const CtaProfile& c : last) {  // a kernel leaves out stages that it does not have
       if (c.at[0] == 0 || c.at[s] == 0) continue;
       const double us = (static_cast<double>(c.at[s]) - static_cast<double>(end)) * 1e-3;
       sum += us;
       least = std::min(least, us);
       most = std::max(most, us);
     }
+    if (most < least) continue;
     std::snprintf(text, sizeof(text), " %s %.1f/%.1f/%.1f", kStamps[s], least, sum / ctas, most);
     line += text;
   }
@@ -122,7 +123,13 @@ std::string describe_profile(const std::vector<CtaProfile>& before, const std::v
     std::snprintf(text, sizeof(text), " wait%d %.0f", w, sum / ctas);
     line += text;
   }
-  return line;
+  double cycles = 0, ns = 0;
+  for (const CtaProfile& c : last) {
+    cycles += static_cast<double>(c.cycles);
+    ns += static_cast<double>(c.at[static_cast<int>(Stamp::reduced)] - c.at[0]);
+  }
+  std::snprintf(text, sizeof(text), " clock %.0f MHz", ns > 0 ? 1e3 * cycles / ns : 0.0);
+  return line + text;
 }
 
 Chain::Chain(int launches, const std::function<void(int, cudaStream_t)>& body) : launches_(launches) {

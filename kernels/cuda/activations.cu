@@ -26,10 +26,13 @@ struct ActivationParams {
   std::uint8_t* x8;
   std::uint64_t out_pitch;
   float* scale;
-  bool vectors;  // 16-byte aligned rows, K a multiple of 8
+  bool vectors;           // 16-byte aligned rows, K a multiple of 8
+  std::uint32_t cluster;  // CTAs of a row (row_kernel)
 };
 
-enum class Kind : std::uint8_t { plain, norm, silu };
+enum class Kind : std::uint8_t { plain, norm, add_norm, silu };
+template <Kind kKind>
+inline constexpr bool kNorm = kKind == Kind::norm || kKind == Kind::add_norm;
 
 __device__ __forceinline__ float low_half(std::uint32_t v) {
   return __uint_as_float(v << 16U);
@@ -81,13 +84,11 @@ __device__ __forceinline__ void row_values(const ActivationParams& p, std::uint6
     for (std::uint32_t i = 0; i < kVector; ++i)
       v[i] = round_bf16(__fmul_rn(__fdividef(v[i], 1.0F + __expf(-v[i])), up[i]));
   }
-  if constexpr (kKind == Kind::norm) {
-    if (p.second != nullptr) {
-      float addend[kVector];
-      load_vector(p.second + m * p.second_pitch, k, p.cols, p.vectors, addend);
+  if constexpr (kKind == Kind::add_norm) {
+    float addend[kVector];
+    load_vector(p.second + m * p.second_pitch, k, p.cols, p.vectors, addend);
 #pragma unroll
-      for (std::uint32_t i = 0; i < kVector; ++i) v[i] = round_bf16(v[i] + addend[i]);
-    }
+    for (std::uint32_t i = 0; i < kVector; ++i) v[i] = round_bf16(v[i] + addend[i]);
   }
 }
 
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
   const std::uint32_t vectors = (p.cols + kVector - 1) / kVector;
   float kept[kKept][kVector];
   float inverse = 1.0F;
-  if constexpr (kKind == Kind::norm) {
+  if constexpr (kNorm<kKind>) {
     float squares = 0.0F;
     for (std::uint32_t i = 0; i * kThreads < vectors; ++i) {
       const std::uint32_t k = (i * kThreads + threadIdx.x) * kVector;
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
     if (k >= p.cols) break;
     float v[kVector];
     bool have = false;
-    if constexpr (kKind == Kind::norm) {
+    if constexpr (kNorm<kKind>) {
 #pragma unroll
       for (std::uint32_t c = 0; c < kKept; ++c)
         if (c == i) {
@@ -179,12 +180,12 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
     }
     if (!have) {
       // With h written over x, longer rows read back h itself.
-      if (kKind == Kind::norm && p.sum != nullptr)
+      if (kNorm<kKind> && p.sum != nullptr)
         load_vector(p.sum + m * p.pitch, k, p.cols, p.vectors, v);
       else
         row_values<kKind>(p, m, k, v);
     }
-    if constexpr (kKind == Kind::norm) normalize(p, k, inverse, v);
+    if constexpr (kNorm<kKind>) normalize(p, k, inverse, v);
 #pragma unroll
     for (std::uint32_t j = 0; j < kVector; ++j) largest = fmaxf(largest, fabsf(v[j]));
 #pragma unroll
@@ -210,11 +211,11 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
         for (std::uint32_t j = 0; j < kVector; ++j) v[j] = kept[c][j];
       }
     if (!have) {
-      if (kKind == Kind::norm && p.sum != nullptr)
+      if (kNorm<kKind> && p.sum != nullptr)
         load_vector(p.sum + m * p.pitch, k, p.cols, p.vectors, v);
       else
         row_values<kKind>(p, m, k, v);
-      if constexpr (kKind == Kind::norm) normalize(p, k, inverse, v);
+      if constexpr (kNorm<kKind>) normalize(p, k, inverse, v);
     }
     store_x8(p, m, k, a, v);
   }
@@ -254,40 +255,85 @@ __device__ __forceinline__ std::uint32_t quantize_pair(std::uint32_t pair, float
   return __nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3);
 }
 
+// The largest of what the CTAs of a row's cluster found: each sends its own to the others, which count the
+// bytes at an mbarrier.
+struct ClusterMaximum {
+  uint4 from[8];
+  std::uint64_t received;
+
+  // By all threads, before anything of the kernel before is waited for.
+  __device__ __forceinline__ void prepare(std::uint32_t ctas) {
+    const std::uint32_t bar = ptx::smem_address(&received);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(bar, 1);
+      ptx::mbarrier_expect(bar, 16 * (ctas - 1));
+      ptx::mbarrier_init_fence();
+    }
+    __syncwarp();
+    ptx::cluster_sync();
+  }
+  __device__ __forceinline__ float exchange(float mine, std::uint32_t ctas) {
+    const std::uint32_t rank = ptx::cluster_rank();
+    if (threadIdx.x < ctas && threadIdx.x != rank)
+      ptx::store_async_16(ptx::in_cluster(ptx::smem_address(from + rank), threadIdx.x),
+                          make_uint4(__float_as_uint(mine), 0, 0, 0),
+                          ptx::in_cluster(ptx::smem_address(&received), threadIdx.x));
+    ptx::mbarrier_wait(ptx::smem_address(&received), 0);
+    for (std::uint32_t i = 0; i < ctas; ++i)
+      if (i != rank) mine = fmaxf(mine, __uint_as_float(ptx::load_shared_16(ptx::smem_address(from + i)).x));
+    return mine;
+  }
+};
+
 // A row's vectors (of gate and up, or of x and addend) of one thread.
 template <Kind kKind, std::uint32_t kVectors>
 struct Row {
   uint4 x[kVectors];
-  uint4 second[kKind == Kind::plain ? 1 : kVectors];
+  static constexpr bool kSecond = kKind == Kind::silu || kKind == Kind::add_norm;
+  uint4 second[kSecond ? kVectors : 1];
 
-  __device__ __forceinline__ void load(const ActivationParams& p, std::uint64_t m) {
+  __device__ __forceinline__ void load(const ActivationParams& p, std::uint64_t m, std::uint32_t begin,
+                                       std::uint32_t end) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
-      const std::uint32_t at = i * blockDim.x + threadIdx.x;
-      const bool in = at < p.cols / kVector;
+      const std::uint32_t at = begin + i * blockDim.x + threadIdx.x;
+      const bool in = at < end;
       x[i] = make_uint4(0, 0, 0, 0);
       if (in) x[i] = __ldcg(reinterpret_cast<const uint4*>(p.x + m * p.pitch) + at);
-      if constexpr (kKind != Kind::plain) {
+      if constexpr (kSecond) {
         second[i] = make_uint4(0, 0, 0, 0);
-        if (in && (kKind == Kind::silu || p.second != nullptr))
-          second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
+        if (in) second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
       }
     }
   }
 };
 
 // The same as activation_kernel for 16-byte aligned rows of up to blockDim.x * kVectors vectors: every value
-// is loaded once and kept as bf16. A CTA takes every gridDim.x-th row and loads the next while it works on
-// one.
-template <Kind kKind, std::uint32_t kVectors>
-__global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ ActivationParams p) {
+// is loaded once and kept as bf16. With kCluster a row is a cluster's, an even part of it a CTA's: a few long
+// rows on many multiprocessors (not for norm, which would exchange its sum too).
+template <Kind kKind, std::uint32_t kVectors, bool kCluster>
+__global__ void __launch_bounds__(kVectors > 4 ? 512 : 1024)
+    row_kernel(const __grid_constant__ ActivationParams p) {
+  static_assert(!kCluster || !kNorm<kKind>);
   __shared__ float scratch[2][32];
+  __shared__ ClusterMaximum maximum;
 #if __CUDA_ARCH__ >= 900
   ptx::launch_next_kernel();
 #endif
-  const std::uint32_t vectors = p.cols / kVector;
-  float weight[kKind == Kind::norm ? kVectors : 1][kVector];
-  if constexpr (kKind == Kind::norm) {  // no result of the kernel before
+  std::uint64_t m = blockIdx.x;
+  std::uint32_t begin = 0;
+  std::uint32_t vectors = p.cols / kVector;  // where this CTA's end
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kCluster) {
+    maximum.prepare(p.cluster);
+    m = blockIdx.x / p.cluster;
+    const std::uint32_t part = (vectors + p.cluster - 1) / p.cluster;
+    begin = min(vectors, ptx::cluster_rank() * part);
+    vectors = min(vectors, begin + part);
+  }
+#endif
+  float weight[kNorm<kKind> ? kVectors : 1][kVector];
+  if constexpr (kNorm<kKind>) {  // no result of the kernel before
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
       const std::uint32_t at = i * blockDim.x + threadIdx.x;
@@ -303,9 +349,8 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
 #if __CUDA_ARCH__ >= 900
   ptx::wait_for_previous_kernel();
 #endif
-  const std::uint64_t m = blockIdx.x;
   Row<kKind, kVectors> row;
-  row.load(p, m);
+  row.load(p, m, begin, vectors);
   if constexpr (kKind == Kind::silu) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i)
@@ -319,7 +364,7 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
                                             __fmul_rn(__fdividef(g1, 1.0F + __expf(-g1)), high_half(up)));
       }
   }
-  if constexpr (kKind == Kind::norm) {
+  if constexpr (kNorm<kKind>) {
     float squares = 0.0F;
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
@@ -327,7 +372,7 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
 #pragma unroll
       for (std::uint32_t j = 0; j < 4; ++j) {
         std::uint32_t& h = words(row.x[i])[j];
-        if (p.second != nullptr)
+        if constexpr (kKind == Kind::add_norm)
           h = ptx::pack_bf16(low_half(h) + low_half(words(row.second[i])[j]),
                              high_half(h) + high_half(words(row.second[i])[j]));
         squares = __fmaf_rn(low_half(h), low_half(h), squares);
@@ -358,13 +403,16 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
           fmaxf(largest, fmaxf(fabsf(low_half(words(row.x[i])[j])), fabsf(high_half(words(row.x[i])[j]))));
   largest = reduce_block(
       largest, [](float a, float b) { return fmaxf(a, b); }, scratch[1]);
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kCluster) largest = maximum.exchange(largest, p.cluster);
+#endif
   const float a = __fmul_rn(largest, 1.0F / 448.0F);
-  if (threadIdx.x == 0) p.scale[m] = a;
+  if (threadIdx.x == 0 && begin == 0) p.scale[m] = a;
   const bool finite = largest < __uint_as_float(0x7f800000U);
   const float inverse = __frcp_rn(a);
 #pragma unroll
   for (std::uint32_t i = 0; i < kVectors; ++i) {
-    const std::uint32_t at = i * blockDim.x + threadIdx.x;
+    const std::uint32_t at = begin + i * blockDim.x + threadIdx.x;
     if (at >= vectors) continue;
     const std::uint32_t* v = words(row.x[i]);
     uint2 out;
@@ -385,21 +433,46 @@ __global__ void __launch_bounds__(1024) row_kernel(const __grid_constant__ Activ
   }
 }
 
+// Few long rows are spread over clusters, where the device has them.
+std::uint32_t ctas_a_row(std::uint64_t tokens, std::uint32_t vectors) {
+  constexpr std::uint32_t kMost = 8;
+  int device = 0, clusters = 0;
+  check_cuda(cudaGetDevice(&device), "device query");
+  check_cuda(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device), "device query");
+  std::uint32_t ctas = 1;
+  while (clusters != 0 && ctas < kMost && tokens * ctas <= 64 && vectors / (ctas * 2) >= 128) ctas *= 2;
+  return vectors <= 1024 * ctas ? ctas : 1;
+}
+
 template <Kind kKind>
-void launch_rows(const ActivationParams& p, std::uint64_t tokens, const ActivationOptions& options,
+void launch_rows(ActivationParams p, std::uint64_t tokens, const ActivationOptions& options,
                  const char* what) {
   const std::uint32_t vectors = p.cols / kVector;
   const auto go = [&](auto kernel, std::uint32_t kept) {
-    const std::uint32_t threads = ((vectors + kept - 1) / kept + 31) / 32 * 32;
-    launch(kernel, {static_cast<std::uint32_t>(tokens), threads, 0, 1, options.programmatic, options.stream},
+    const std::uint32_t shares = p.cluster * kept;
+    const std::uint32_t threads = ((vectors + shares - 1) / shares + 31) / 32 * 32;
+    launch(kernel,
+           {static_cast<std::uint32_t>(tokens) * p.cluster, threads, 0, p.cluster, options.programmatic,
+            options.stream},
            what, p);
   };
-  if (vectors <= 256)
-    go(row_kernel<kKind, 1>, 1);
-  else if (kKind == Kind::norm || vectors <= 1024)
-    go(row_kernel<kKind, 2>, 2);
-  else
-    go(row_kernel < kKind, kKind == Kind::norm ? 2 : 4 >, 4);
+  // With rows enough to fill the device, few threads a row: each meets the others of its row twice.
+  const bool many = tokens >= 2048;
+  p.cluster = 1;
+  if constexpr (kNorm<kKind>) {
+    if (vectors <= 256) return go(row_kernel<kKind, 1, false>, 1);
+    if constexpr (kKind == Kind::norm) {
+      if (many) return go(row_kernel<kKind, 4, false>, 4);
+    }
+    go(row_kernel<kKind, 2, false>, 2);
+  } else {
+    p.cluster = ctas_a_row(tokens, vectors);
+    if (p.cluster > 1) return go(row_kernel<kKind, 1, true>, 1);
+    if (vectors <= 256) return go(row_kernel<kKind, 1, false>, 1);
+    if (vectors > 1024 && many) return go(row_kernel<kKind, 8, false>, 8);
+    if (vectors > 1024 || many) return go(row_kernel<kKind, 4, false>, 4);
+    go(row_kernel<kKind, 2, false>, 2);
+  }
 }
 
 template <Kind kKind>
@@ -418,7 +491,7 @@ void run(ActivationParams p, std::uint64_t tokens, std::uint64_t cols, const Qua
   p.scale = out.scale;
   p.vectors = cols % kVector == 0 && p.pitch % kVector == 0 && p.second_pitch % kVector == 0 &&
               aligned(p.x) && aligned(p.second) && aligned(p.sum) && aligned(p.x8);
-  constexpr std::uint32_t kMostKept = 1024 * (kKind == Kind::norm ? 2 : 4);  // vectors of a row
+  constexpr std::uint32_t kMostKept = 1024 * (kNorm<kKind> ? 2 : 4);  // vectors of a row
   const bool weights_fit = reinterpret_cast<std::uintptr_t>(p.weight) % 16 == 0;
   if (p.vectors && weights_fit && cols / kVector <= kMostKept)
     return launch_rows<kKind>(p, tokens, options, what);
@@ -446,7 +519,10 @@ void rmsnorm_quantize(const NormInput& in, std::uint64_t tokens, std::uint64_t c
   p.sum = in.sum;
   p.weight = in.weight;
   p.epsilon = in.epsilon;
-  run<Kind::norm>(p, tokens, cols, out, options, "RMSNorm and quantiser");
+  if (p.second == nullptr)
+    run<Kind::norm>(p, tokens, cols, out, options, "RMSNorm and quantiser");
+  else
+    run<Kind::add_norm>(p, tokens, cols, out, options, "sum, RMSNorm and quantiser");
 }
 
 void silu_mul_quantize(const Bf16Ref& gate_up, std::uint64_t tokens, std::uint64_t cols,

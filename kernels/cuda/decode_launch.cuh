@@ -12,19 +12,27 @@ namespace fireq::kernels {
 
 // Ring depths fill the half of shared memory that a CTA may use. At 64 tokens the accumulators leave no
 // registers for codes loaded ahead.
-template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages, bool kClusters>
+template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages, Division kDivision>
 using Depths = DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kWeightStages, kTokenStages,
-                            (kTokens < 64), kClusters>;
-template <std::uint32_t kTokens, bool kClusters>
+                            (kTokens < 64), kDivision>;
+template <std::uint32_t kTokens, Division kDivision>
 struct Choice;
-template <bool kClusters>
-struct Choice<8, kClusters> : Depths<8, kClusters ? 5 : 6, kClusters ? 8 : 5, kClusters> {};
-template <bool kClusters>
-struct Choice<16, kClusters> : Depths<16, 5, kClusters ? 4 : 5, kClusters> {};
-template <bool kClusters>
-struct Choice<32, kClusters> : Depths<32, 7, 8, kClusters> {};
-template <bool kClusters>
-struct Choice<64, kClusters> : Depths<64, 5, 4, kClusters> {};
+template <>
+struct Choice<8, Division::grid> : Depths<8, 6, 5, Division::grid> {};
+template <>
+struct Choice<8, Division::clusters> : Depths<8, 5, 8, Division::clusters> {};
+template <>
+struct Choice<8, Division::halves> : Depths<8, 4, 7, Division::halves> {};
+template <>
+struct Choice<16, Division::grid> : Depths<16, 5, 5, Division::grid> {};
+template <>
+struct Choice<16, Division::clusters> : Depths<16, 5, 4, Division::clusters> {};
+template <>
+struct Choice<16, Division::halves> : Depths<16, 4, 3, Division::halves> {};
+template <Division kDivision>
+struct Choice<32, kDivision> : Depths<32, 7, kDivision == Division::halves ? 4 : 8, kDivision> {};
+template <Division kDivision>
+struct Choice<64, kDivision> : Depths<64, 5, 4, kDivision> {};
 
 template <class Traits>
 void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
@@ -49,8 +57,9 @@ void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, 
   p.dump = problem.dump;
   p.profile = options.profile;
   p.groups = static_cast<std::uint32_t>(w.groups());
-  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
-                                          problem.x.pitch, Traits::kTokens, kGroup);
+  const CUtensorMap map =
+      make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols, problem.x.pitch,
+                      static_cast<std::uint32_t>(problem.x.tokens), kGroup);
   const LaunchShape shape{p.plan.workers,       kDecodeThreads,
                           Traits::kSharedBytes, Traits::kClusters ? p.plan.shares : 1,
                           options.programmatic, options.stream};
@@ -65,10 +74,13 @@ void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, 
 template <std::uint32_t kTokens>
 void launch_decode_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                         const GemmOptions& options) {
-  if (one_block_a_cluster(config))
-    launch_decode_traits<Choice<kTokens, true>>(problem, config, multiprocessors, options);
-  else
-    launch_decode_traits<Choice<kTokens, false>>(problem, config, multiprocessors, options);
+  if (config.row_tile == kHalfRows) {
+    launch_decode_traits<Choice<kTokens, Division::halves>>(problem, config, multiprocessors, options);
+  } else if (one_block_a_cluster(config)) {
+    launch_decode_traits<Choice<kTokens, Division::clusters>>(problem, config, multiprocessors, options);
+  } else {
+    launch_decode_traits<Choice<kTokens, Division::grid>>(problem, config, multiprocessors, options);
+  }
 }
 
 }  // namespace fireq::kernels

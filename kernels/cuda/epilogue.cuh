@@ -18,7 +18,7 @@ struct OutputParams {
   std::uint64_t out_pitch;
   std::uint32_t tokens;  // M
   std::uint32_t rows;    // N
-  // The common case, a fifth of the instructions: no residual, N even, rows of the output 4-byte aligned.
+  // The common case, a fifth of the instructions: N even, rows of the output and the residual 4-byte aligned.
   bool paired = false;
 };
 
@@ -88,10 +88,29 @@ __device__ __forceinline__ void store_block(const OutputParams& p, std::uint32_t
   }
 }
 
+// What a lane of a paired output loads of a 16 x 8 block's residual: two neighbouring rows of one token, and
+// the same 8 rows on. Asked for ahead, for it takes longer than all that follows.
+struct ResidualPairs {
+  std::uint32_t of[2] = {0, 0};
+
+  ResidualPairs() = default;
+  __device__ __forceinline__ ResidualPairs(const OutputParams& p, std::uint32_t first_row,
+                                           std::uint32_t first_token, std::uint32_t lane) {
+    if (p.residual == nullptr || !p.paired) return;
+    const std::uint32_t token = first_token + lane / 4;
+    const std::uint32_t row = first_row + 2 * (lane % 4);
+    const auto* from = reinterpret_cast<const std::uint32_t*>(
+        p.residual + static_cast<std::uint64_t>(token) * p.residual_pitch + row);
+    if (token < p.tokens && row < p.rows) of[0] = __ldcg(from);
+    if (token < p.tokens && row + 8 < p.rows) of[1] = __ldcg(from + 4);
+  }
+};
+
 // Both for one 16 x 8 block. a0, a1: scales of tokens first_token + 2 (lane % 4) + {0, 1}.
 __device__ __forceinline__ void finish_and_store(const OutputParams& p, const RowTerms& terms,
                                                  std::uint32_t first_row, std::uint32_t first_token,
-                                                 std::uint32_t lane, float a0, float a1, float (&v)[4]) {
+                                                 std::uint32_t lane, float a0, float a1, float (&v)[4],
+                                                 const ResidualPairs& residual) {
   if (!p.paired) {
     finish_block(p, terms, first_row + lane / 4, first_token + 2 * (lane % 4), a0, a1, v);
     store_block(p, first_row, first_token, lane, v);
@@ -102,8 +121,13 @@ __device__ __forceinline__ void finish_and_store(const OutputParams& p, const Ro
   std::uint32_t pair[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float y0 = __fmul_rn(__fmul_rn(a0, terms.scale[i]), v[2 * i]) + terms.bias[i];
-    const float y1 = __fmul_rn(__fmul_rn(a1, terms.scale[i]), v[2 * i + 1]) + terms.bias[i];
+    float y0 = __fmul_rn(__fmul_rn(a0, terms.scale[i]), v[2 * i]) + terms.bias[i];
+    float y1 = __fmul_rn(__fmul_rn(a1, terms.scale[i]), v[2 * i + 1]) + terms.bias[i];
+    if (p.residual != nullptr) {
+      const std::uint32_t tokens = ptx::transpose_8x8(residual.of[i]);  // two tokens of this lane's row
+      y0 += __uint_as_float(tokens << 16U);
+      y1 += __uint_as_float(tokens & 0xffff0000U);
+    }
     pair[i] = ptx::transpose_8x8(ptx::pack_bf16(y0, y1));
   }
   auto* dst = reinterpret_cast<std::uint32_t*>(

@@ -16,9 +16,11 @@ struct GemmProblem {
 
 // What OutputParams::paired asks.
 inline bool stored_in_pairs(const GemmProblem& problem) {
-  return problem.epilogue.residual == nullptr && problem.w.rows % 2 == 0 && problem.y.pitch % 2 == 0 &&
-         problem.y.pitch < (std::uint64_t{1} << 32U) &&
-         reinterpret_cast<std::uintptr_t>(problem.y.data) % 4 == 0;
+  const Epilogue& e = problem.epilogue;
+  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 4 == 0; };
+  return problem.w.rows % 2 == 0 && problem.y.pitch % 2 == 0 && problem.y.pitch < (std::uint64_t{1} << 32U) &&
+         aligned(problem.y.data) &&
+         (e.residual == nullptr || (e.residual_pitch % 2 == 0 && aligned(e.residual)));
 }
 
 void launch_portable(const GemmProblem& problem, const GemmOptions& options);

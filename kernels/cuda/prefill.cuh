@@ -48,7 +48,7 @@ class PrefillConsumer {
     float acc[Traits::kAccumulators];
     while (walk.next(segment)) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
-      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+      const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank();
       const std::uint32_t row = first_row(tile);
       const std::uint32_t first_token = place.token_tile * Traits::kTokens;
       const RowTerms terms(p_.output, row + 16 * warp_ + lane_ / 4);
@@ -71,6 +71,10 @@ class PrefillConsumer {
       watch.begin_wait();
       if (segment.begin == 0 && segment.end == p_.plan.units) {
         emit(terms, scale, row, first_token, acc);
+      } else if (p_.cluster_shares > 1) {
+        send(scale, acc);
+        watch.stamp(Stamp::stored);
+        receive(terms, row + 16 * warp_, first_token);
       } else {
         const Exchange exchange = exchange_of(segment.block);
         uint4* slot = exchange.at(exchange.offset(exchange.me, 0));
@@ -94,8 +98,10 @@ class PrefillConsumer {
       }
       watch.end_wait(Waited::epilogue);
     }
-    watch.stamp(Stamp::stored);
-    reduce();
+    if (p_.cluster_shares == 1) {
+      watch.stamp(Stamp::stored);
+      reduce();
+    }
     watch.stamp(Stamp::reduced);
     if (first_thread()) ptx::store_wait_read();
   }
@@ -177,7 +183,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
     __syncwarp();
     ptx::mbarrier_arrive_if(shared_.empty(stage), condition && ptx::arrives(lane_, 0));
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.rank ^ 1U,
+    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.cluster_rank ^ 1U,
                                     condition && ptx::arrives(lane_, 1));
   }
 
@@ -321,9 +327,73 @@ class PrefillConsumer {
     }
   }
 
+  // ---- sums of a block that a cluster's CTAs share: piece i is summed and stored by the CTA with share i
+  // mod shares, in whose token stages the other CTAs put their parts.
+  __device__ __forceinline__ std::uint32_t own_share() const {
+    return shared_.cluster_rank / kPrefillCluster;
+  }
+  // This thread's word of one share's part of a piece.
+  __device__ __forceinline__ std::uint32_t part(std::uint32_t piece, std::uint32_t share) const {
+    const std::uint32_t shares = p_.cluster_shares;
+    const std::uint32_t place = (piece / shares * 2 + group_) * shares + share;
+    return shared_.base + Traits::kTokenOffset + 2048 * place + 16 * (32 * warp_ + lane_);
+  }
+  __device__ __forceinline__ std::uint32_t scale_address(std::uint32_t token) const {
+    return shared_.base + Traits::kScaleOffset + 4 * token;
+  }
+  __device__ __forceinline__ void send(const float (&scale)[kScales],
+                                       const float (&acc)[Traits::kAccumulators]) const {
+    const std::uint32_t shares = p_.cluster_shares;
+    // Parts come where other warps and CTAs may still multiply from: each says when it no longer does.
+    ptx::fence_async_proxy();
+    __syncwarp();
+    ptx::mbarrier_arrive_cluster_if(shared_.all_ready(), kPrefillCluster * lane_ + shared_.rank(),
+                                    lane_ < shares);
+    if (group_ == 0 && warp_ == 0) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < kScales; ++i)
+        ptx::store_shared_4(scale_address(32 * i + lane_), scale[i]);
+    }
+    ptx::mbarrier_wait(shared_.all_ready(), 0);
+    std::uint32_t owner = 0;
+#pragma unroll
+    for (std::uint32_t i = 0; i < kPieces; ++i) {
+      const uint4 v = pack(acc + 8 * i);
+      const std::uint32_t to = part(i, own_share());
+      const std::uint32_t cta = kPrefillCluster * owner + shared_.rank();
+      if (cta == shared_.cluster_rank)
+        ptx::store_shared_16(to, v);
+      else
+        ptx::store_async_16(ptx::in_cluster(to, cta), v, ptx::in_cluster(shared_.received(), cta));
+      owner = owner + 1 == shares ? 0 : owner + 1;
+    }
+    ptx::named_barrier<256>(3);  // the scales
+  }
+  __device__ __forceinline__ void receive(const RowTerms& terms, std::uint32_t row,
+                                          std::uint32_t first_token) const {
+    const std::uint32_t shares = p_.cluster_shares;
+    ptx::mbarrier_wait(shared_.received(), 0);
+#pragma unroll 1
+    for (std::uint32_t i = own_share(); i < kPieces; i += shares) {
+      const ResidualPairs residual[2] = {{p_.output, row, first_token + 16 * i, lane_},
+                                         {p_.output, row, first_token + 16 * i + 8, lane_}};
+      float v[8] = {};
+#pragma unroll 1
+      for (std::uint32_t share = 0; share < shares; ++share) add(ptx::load_shared_16(part(i, share)), v);
+#pragma unroll
+      for (std::uint32_t b = 0; b < 2; ++b) {
+        const std::uint32_t token = 16 * i + 8 * b;
+        const uint2 a = ptx::load_shared_8(scale_address(token + 2 * (lane_ % 4)));
+        float block[4] = {v[4 * b], v[4 * b + 1], v[4 * b + 2], v[4 * b + 3]};
+        finish_and_store(p_.output, terms, row, first_token + token, lane_, __uint_as_float(a.x),
+                         __uint_as_float(a.y), block, residual[b]);
+      }
+    }
+  }
+
   __device__ __forceinline__ Exchange exchange_of(std::uint32_t block) const {
     // A worker's place holds both CTAs' tiles, two warpgroups each.
-    const std::uint32_t part = shared_.rank * 2 + group_;
+    const std::uint32_t part = shared_.rank() * 2 + group_;
     return Exchange(p_.plan, block, worker(), group_ * kPieces,
                     p_.workspace + part * (128 * kPieces) + 32 * warp_ + lane_,
                     2 * kPrefillCluster * 128 * kPieces);
@@ -341,7 +411,7 @@ class PrefillConsumer {
         (segment.begin == 0 && segment.end == p_.plan.units))
       return;
     const BlockPlace place(p_, Traits::kTokens, segment.block);
-    const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank;
+    const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank();
     if (tile >= p_.row_tiles) return;
     const bool keeps = p_.plan.all_shared();
     if (!keeps) {
@@ -356,7 +426,8 @@ class PrefillConsumer {
     const std::uint32_t count = (kPieces - mine + exchange.workers - 1) / exchange.workers;
     // Scales of the pieces' tokens, 32 a register: asked for together, and while the sums come.
     const std::uint32_t first_token = place.token_tile * Traits::kTokens;
-    constexpr std::uint32_t kKept = Traits::kTokens / 64;  // two workers at least: half of the pieces at most
+    constexpr std::uint32_t kKept =
+        (Traits::kTokens + 63) / 64;  // two workers at least: half of the pieces at most
     float scale[kKept];
 #pragma unroll
     for (std::uint32_t k = 0; k < kKept; ++k) {
@@ -389,7 +460,8 @@ class PrefillConsumer {
         const uint4 w = ptx::load_shared_16(sums + 2048 * i);
         float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
         const std::uint32_t token = first_token + 16 * (mine + i / 2 * exchange.workers) + 8 * (i % 2);
-        finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v);
+        finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v,
+                         ResidualPairs(p_.output, row, token, lane_));
       }
     }
   }
@@ -410,7 +482,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
   const std::uint32_t warp = __shfl_sync(0xffffffffU, threadIdx.x / 32, 0);
   const PrefillShared<Traits> shared{__shfl_sync(0xffffffffU, ptx::smem_address(shared_bytes), 0),
                                      ptx::cluster_rank()};
-  const std::uint32_t worker = blockIdx.x / kPrefillCluster;
+  const std::uint32_t worker = blockIdx.x / kPrefillCluster;  // a cluster of several pairs: one after another
   Stopwatch<kVariant == Variant::profile> watch;
   watch.stamp(Stamp::started);
   ptx::launch_next_kernel();
@@ -421,6 +493,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1)
         ptx::mbarrier_init(shared.full(i), 1);
         ptx::mbarrier_init(shared.empty(i), 8 * kPrefillCluster * ptx::kWarpArrivals);
         ptx::mbarrier_init(shared.weight_empty(i), 8 * ptx::kWarpArrivals);
+      }
+      if (p.cluster_shares > 1) {
+        ptx::mbarrier_init(shared.all_ready(), 8 * p.cluster_shares);
+        ptx::mbarrier_init(shared.received(), 1);
+        // From each other CTA, of both warpgroups, 2048 bytes a piece that is this CTA's.
+        const std::uint32_t share = shared.cluster_rank / kPrefillCluster;
+        const std::uint32_t pieces = (Traits::kTokens / 16 + p.cluster_shares - 1 - share) / p.cluster_shares;
+        ptx::mbarrier_expect(shared.received(), 2 * 2048 * pieces * (p.cluster_shares - 1));
       }
       ptx::mbarrier_init_fence();
     }

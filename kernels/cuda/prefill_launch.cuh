@@ -29,6 +29,7 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
               stored_in_pairs(problem)};
   std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
   p.plan = prefill_plan(w.rows, w.cols, problem.x.tokens, config, multiprocessors);
+  p.cluster_shares = config.cluster > kPrefillCluster ? p.plan.shares : 1;
   p.workspace = static_cast<uint4*>(options.workspace.data);
   p.dump = problem.dump;
   p.profile = options.profile;
@@ -51,12 +52,8 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
                                   ? make_tensor_map(problem.y.data, ElementType::bf16, problem.x.tokens,
                                                     w.rows, problem.y.pitch * 2, Traits::kTokens, kHalfRows)
                                   : token_map;
-  const LaunchShape shape{p.plan.workers * kPrefillCluster,
-                          kPrefillThreads,
-                          Traits::kSharedBytes,
-                          kPrefillCluster,
-                          options.programmatic,
-                          options.stream};
+  const LaunchShape shape{p.plan.workers * kPrefillCluster,   kPrefillThreads,      Traits::kSharedBytes,
+                          kPrefillCluster * p.cluster_shares, options.programmatic, options.stream};
   if (problem.dump != nullptr)
     launch(prefill_kernel<Traits, Variant::dump>, shape, "prefill kernel, operand dump", token_map, out_map,
            p);
@@ -70,8 +67,8 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
 template <std::uint32_t kTokens>
 void launch_prefill_tile(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                          const GemmOptions& options) {
-  launch_prefill_traits<PrefillTraits<kTokens, kTokens == 128 ? 7 : 4>>(problem, config, multiprocessors,
-                                                                        options);
+  launch_prefill_traits<PrefillTraits<kTokens, prefill_stages(kTokens)>>(problem, config, multiprocessors,
+                                                                         options);
 }
 
 }  // namespace fireq::kernels

@@ -28,6 +28,9 @@ struct PrefillParams {
   OutputParams output;
   LevelsParam levels;
   SplitPlan plan;  // blocks: pairs of row tiles x token tiles; units: K groups
+  // Pairs of CTAs in a cluster, each with a part of K of the cluster's one block; 1: a pair a cluster, and
+  // what the plan shares goes through the workspace.
+  std::uint32_t cluster_shares;
   uint4* workspace;
   std::uint8_t* dump;         // expanded operands [N, Kp], debug kernels only
   CtaProfile* profile;        // [CTAs], profiled kernels only
@@ -41,6 +44,12 @@ struct PrefillParams {
   bool vector_residual;       // residual rows are 16-byte aligned
 };
 
+// As many stages as shared memory has room for beside the table and the staging buffer.
+constexpr std::uint32_t prefill_stages(std::uint32_t tokens) {
+  return (kPrefillSharedLimit - kTableBytes - 2 * tokens * kHalfRows * 2 - 4 * tokens - 16) /
+         (tokens * kGroup + kTileBytes + 24);
+}
+
 template <std::uint32_t kTokens_, std::uint32_t kStages_>
 struct PrefillTraits {
   static constexpr std::uint32_t kTokens = kTokens_;
@@ -53,15 +62,18 @@ struct PrefillTraits {
   static constexpr std::uint32_t kTokenOffset = kTableOffset + kTableBytes;
   static constexpr std::uint32_t kStagingOffset = kTokenOffset + kStages * kTokenBytes;
   static constexpr std::uint32_t kWeightOffset = kStagingOffset + 2 * kStagingBytes;
-  static constexpr std::uint32_t kBarrierOffset = kWeightOffset + kStages * kTileBytes;
-  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages;
+  static constexpr std::uint32_t kScaleOffset = kWeightOffset + kStages * kTileBytes;  // of the tile's tokens
+  static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 4 * kTokens;
+  static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages + 16;
   static_assert(kSharedBytes <= kPrefillSharedLimit);
 };
 
 template <class Traits>
 struct PrefillShared {
   std::uint32_t base;
-  std::uint32_t rank;
+  std::uint32_t cluster_rank;
+  // Which row tile of the pair.
+  __device__ __forceinline__ std::uint32_t rank() const { return cluster_rank % kPrefillCluster; }
   __device__ __forceinline__ std::uint32_t tokens(std::uint32_t stage) const {
     return base + Traits::kTokenOffset + stage * Traits::kTokenBytes;
   }
@@ -78,6 +90,12 @@ struct PrefillShared {
   __device__ __forceinline__ std::uint32_t weight_empty(std::uint32_t stage) const {
     return full(stage) + 16 * Traits::kStages;
   }
+  // Where the cluster's CTAs of the same row tile say that their stages are free, and where their partial
+  // sums are counted.
+  __device__ __forceinline__ std::uint32_t all_ready() const {
+    return base + Traits::kBarrierOffset + 24 * Traits::kStages;
+  }
+  __device__ __forceinline__ std::uint32_t received() const { return all_ready() + 8; }
 };
 
 // Where block `block` of the plan lies, in raster order.
@@ -122,18 +140,19 @@ class PrefillProducer {
     RingPosition<Traits::kStages> ring;
     std::uint32_t ahead = 0;
     constexpr std::uint32_t kShare = Traits::kTokens / kPrefillCluster;
+    const auto pair =
+        static_cast<std::uint16_t>(((1U << kPrefillCluster) - 1U) << (shared_.cluster_rank - shared_.rank()));
     while (walk.next(segment)) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
       const std::uint8_t* source = tile_of(place);
-      const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank * kShare;
+      const std::uint32_t first_token = place.token_tile * Traits::kTokens + shared_.rank() * kShare;
       for (std::uint32_t g = segment.begin; g < segment.end; ++g) {
         if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
         ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
         if (ptx::elect_one()) {
           if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
-          ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank * kShare * kGroup, token_map_,
-                                     g * kGroup, first_token, shared_.full(ring.index),
-                                     (1U << kPrefillCluster) - 1U);
+          ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank() * kShare * kGroup,
+                                     token_map_, g * kGroup, first_token, shared_.full(ring.index), pair);
         }
         __syncwarp();
         ring.advance();
@@ -146,7 +165,7 @@ class PrefillProducer {
   // With an odd number of row tiles the last pair's second CTA computes the last tile again and stores
   // nothing.
   __device__ __forceinline__ const std::uint8_t* tile_of(const BlockPlace& place) const {
-    const std::uint32_t tile = min(place.row_pair * kPrefillCluster + shared_.rank, p_.row_tiles - 1);
+    const std::uint32_t tile = min(place.row_pair * kPrefillCluster + shared_.rank(), p_.row_tiles - 1);
     return p_.tiles + static_cast<std::uint64_t>(tile) * p_.groups * kTileBytes;
   }
   __device__ __forceinline__ void fetch_weights(const std::uint8_t* source, std::uint32_t g,

@@ -23,7 +23,10 @@ class Stopwatch {
 template <>
 class Stopwatch<true> {
  public:
-  __device__ __forceinline__ void stamp(Stamp s) { profile_.at[static_cast<int>(s)] = now(); }
+  __device__ __forceinline__ void stamp(Stamp s) {
+    if (s == Stamp::started) start_ = clock64();
+    profile_.at[static_cast<int>(s)] = now();
+  }
   __device__ __forceinline__ void stamp_once(Stamp s) {
     if (profile_.at[static_cast<int>(s)] == 0) stamp(s);
   }
@@ -31,7 +34,10 @@ class Stopwatch<true> {
   __device__ __forceinline__ void end_wait(Waited w) {
     profile_.waited[static_cast<int>(w)] += static_cast<std::uint64_t>(clock64() - begin_);
   }
-  __device__ __forceinline__ void write(CtaProfile* out) const { out[blockIdx.x] = profile_; }
+  __device__ __forceinline__ void write(CtaProfile* out) const {
+    out[blockIdx.x] = profile_;
+    out[blockIdx.x].cycles = static_cast<std::uint64_t>(clock64() - start_);
+  }
 
  private:
   static __device__ __forceinline__ std::uint64_t now() {
@@ -40,7 +46,7 @@ class Stopwatch<true> {
     return t;
   }
   CtaProfile profile_{};
-  long long begin_ = 0;
+  long long begin_ = 0, start_ = 0;
 };
 
 }  // namespace fireq::kernels

@@ -207,6 +207,9 @@ __device__ __forceinline__ uint4 load_shared_16(std::uint32_t address) {
                : "r"(address));
   return v;
 }
+__device__ __forceinline__ void store_shared_4(std::uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
 __device__ __forceinline__ uint2 load_shared_8(std::uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));

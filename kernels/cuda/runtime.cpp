@@ -24,8 +24,15 @@ DeviceInfo current_device() {
   check_cuda(cudaGetDevice(&device), "device query");
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, device), "device query");
-  return {properties.major * 10 + properties.minor,
-          static_cast<std::uint32_t>(properties.multiProcessorCount), properties.name};
+  DeviceInfo info;
+  info.compute_capability = properties.major * 10 + properties.minor;
+  info.multiprocessors = static_cast<std::uint32_t>(properties.multiProcessorCount);
+  info.name = properties.name;
+  if (info.compute_capability == 90) {
+    info.clusters_of_4 = resident_clusters(4);
+    info.clusters_of_8 = resident_clusters(8);
+  }
+  return info;
 }
 
 namespace {

@@ -18,6 +18,10 @@ inline cudaStream_t as_stream(Stream s) {
   return static_cast<cudaStream_t>(s);
 }
 
+// How many clusters of so many CTAs, each of which takes a multiprocessor's shared memory, run at once; 0
+// where the device has none.
+std::uint32_t resident_clusters(std::uint32_t ctas);
+
 struct LaunchShape {
   std::uint32_t blocks = 1;
   std::uint32_t threads = 1;

@@ -20,6 +20,10 @@ void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::ui
   if (config.cluster == 0 || config.cluster > decode_most_shares(config.token_tile) ||
       (config.cluster & (config.cluster - 1)) != 0)
     throw Error(ErrorKind::usage, "no decode kernel with this cluster").found(to_string(config));
+  if (config.row_tile != kTileRows && (config.row_tile != kHalfRows || config.cluster > kMostHalfShares ||
+                                       problem.w.cols > longest_half_k(config)))
+    throw Error(ErrorKind::usage, "no decode kernel with this row tile for this K")
+        .found(to_string(config) + ", K " + std::to_string(problem.w.cols));
   switch (config.token_tile) {
     case 8:
       return launch_decode_tile<8>(problem, config, multiprocessors, options);
@@ -36,9 +40,17 @@ void launch_decode(const GemmProblem& problem, const GemmConfig& config, std::ui
 
 void launch_prefill(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                     const GemmOptions& options) {
+  if (config.cluster != 2 && config.cluster != 4 && config.cluster != 8)
+    throw Error(ErrorKind::usage, "no prefill kernel with this cluster").found(to_string(config));
   switch (config.token_tile) {
     case 128:
       return launch_prefill_tile<128>(problem, config, multiprocessors, options);
+    case 160:
+      return launch_prefill_tile<160>(problem, config, multiprocessors, options);
+    case 192:
+      return launch_prefill_tile<192>(problem, config, multiprocessors, options);
+    case 224:
+      return launch_prefill_tile<224>(problem, config, multiprocessors, options);
     case 256:
       return launch_prefill_tile<256>(problem, config, multiprocessors, options);
     default:

@@ -114,4 +114,28 @@ void dequantize_to_fp8(const WeightRef& w, std::uint8_t* out8, Stream stream) {
          out8, words);
 }
 
+namespace {
+__global__ void empty_kernel() {}
+}  // namespace
+
+std::uint32_t resident_clusters(std::uint32_t ctas) {
+  constexpr int kBytes = 160 << 10U;  // no room for a second CTA
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(empty_kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+             "cluster query");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {ctas, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(empty_kernel), &config),
+             "cluster query");
+  return static_cast<std::uint32_t>(clusters);
+}
+
 }  // namespace fireq::kernels

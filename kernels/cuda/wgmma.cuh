@@ -45,124 +45,72 @@ __device__ __forceinline__ std::uint64_t wgmma_descriptor(std::uint32_t smem_add
 template <int kTokens>
 struct Wgmma;
 
-template <>
-struct Wgmma<8> {
-  static __device__ __forceinline__ void multiply(float (&d)[4], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3"
-        "}, {%4, %5, %6, %7}, %8, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+// The instruction names each accumulator: lists of ten operands, FIREQ_P10(3) for %30 to %39 and
+// FIREQ_D10(3) for d[30] to d[39], FIREQ_P10() and FIREQ_D10() for the first ten.
+#define FIREQ_P2(t) "%" #t "0, %" #t "1"
+#define FIREQ_P4(t) FIREQ_P2(t) ", %" #t "2, %" #t "3"
+#define FIREQ_P6(t) FIREQ_P4(t) ", %" #t "4, %" #t "5"
+#define FIREQ_P8(t) FIREQ_P6(t) ", %" #t "6, %" #t "7"
+#define FIREQ_P10(t) FIREQ_P8(t) ", %" #t "8, %" #t "9"
+#define FIREQ_D2(t) "+f"(d[t##0]), "+f"(d[t##1])
+#define FIREQ_D4(t) FIREQ_D2(t), "+f"(d[t##2]), "+f"(d[t##3])
+#define FIREQ_D6(t) FIREQ_D4(t), "+f"(d[t##4]), "+f"(d[t##5])
+#define FIREQ_D8(t) FIREQ_D6(t), "+f"(d[t##6]), "+f"(d[t##7])
+#define FIREQ_D10(t) FIREQ_D8(t), "+f"(d[t##8]), "+f"(d[t##9])
+// All before a list's last, shorter line.
+#define FIREQ_P30 FIREQ_P10() ", " FIREQ_P10(1) ", " FIREQ_P10(2) ", "
+#define FIREQ_P60 FIREQ_P30 FIREQ_P10(3) ", " FIREQ_P10(4) ", " FIREQ_P10(5) ", "
+#define FIREQ_P90 FIREQ_P60 FIREQ_P10(6) ", " FIREQ_P10(7) ", " FIREQ_P10(8) ", "
+#define FIREQ_P120 FIREQ_P90 FIREQ_P10(9) ", " FIREQ_P10(10) ", " FIREQ_P10(11) ", "
+#define FIREQ_D30 FIREQ_D10(), FIREQ_D10(1), FIREQ_D10(2)
+#define FIREQ_D60 FIREQ_D30, FIREQ_D10(3), FIREQ_D10(4), FIREQ_D10(5)
+#define FIREQ_D90 FIREQ_D60, FIREQ_D10(6), FIREQ_D10(7), FIREQ_D10(8)
+#define FIREQ_D120 FIREQ_D90, FIREQ_D10(9), FIREQ_D10(10), FIREQ_D10(11)
 
-template <>
-struct Wgmma<16> {
-  static __device__ __forceinline__ void multiply(float (&d)[8], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, {%8, %9, %10, %11}, %12, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+// kTokens columns: kTokens / 2 accumulators, their operands' names, the names of the four A registers and of
+// the descriptor that follow, and the accumulators as operands.
+#define FIREQ_WGMMA(kTokens, names, a_names, ...)                                                         \
+  template <>                                                                                             \
+  struct Wgmma<kTokens> {                                                                                 \
+    static __device__ __forceinline__ void multiply(float (&d)[kTokens / 2], const std::uint32_t (&a)[4], \
+                                                    std::uint64_t b) {                                    \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #kTokens   \
+                   "k32.f32.e4m3.e4m3 {" names "}, " a_names ", p, 1, 1;\n}"                              \
+                   : __VA_ARGS__                                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+    }                                                                                                     \
+  };
 
-template <>
-struct Wgmma<32> {
-  static __device__ __forceinline__ void multiply(float (&d)[16], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+FIREQ_WGMMA(8, FIREQ_P4(), "{%4, %5, %6, %7}, %8", FIREQ_D4())
+FIREQ_WGMMA(16, FIREQ_P8(), "{%8, %9, %10, %11}, %12", FIREQ_D8())
+FIREQ_WGMMA(32, FIREQ_P10() ", " FIREQ_P6(1), "{%16, %17, %18, %19}, %20", FIREQ_D10(), FIREQ_D6(1))
+FIREQ_WGMMA(64, FIREQ_P30 FIREQ_P2(3), "{%32, %33, %34, %35}, %36", FIREQ_D30, FIREQ_D2(3))
+FIREQ_WGMMA(128, FIREQ_P60 FIREQ_P4(6), "{%64, %65, %66, %67}, %68", FIREQ_D60, FIREQ_D4(6))
+FIREQ_WGMMA(160, FIREQ_P60 FIREQ_P10(6) ", " FIREQ_P10(7), "{%80, %81, %82, %83}, %84", FIREQ_D60,
+            FIREQ_D10(6), FIREQ_D10(7))
+FIREQ_WGMMA(192, FIREQ_P90 FIREQ_P6(9), "{%96, %97, %98, %99}, %100", FIREQ_D90, FIREQ_D6(9))
+FIREQ_WGMMA(224, FIREQ_P90 FIREQ_P10(9) ", " FIREQ_P10(10) ", " FIREQ_P2(11),
+            "{%112, %113, %114, %115}, %116", FIREQ_D90, FIREQ_D10(9), FIREQ_D10(10), FIREQ_D2(11))
+FIREQ_WGMMA(256, FIREQ_P120 FIREQ_P8(12), "{%128, %129, %130, %131}, %132", FIREQ_D120, FIREQ_D8(12))
 
-template <>
-struct Wgmma<64> {
-  static __device__ __forceinline__ void multiply(float (&d)[32], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<128> {
-  static __device__ __forceinline__ void multiply(float (&d)[64], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),
-          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),
-          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
-struct Wgmma<256> {
-  static __device__ __forceinline__ void multiply(float (&d)[128], const std::uint32_t (&a)[4],
-                                                  std::uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, {%128, %129, %130, %131}, %132, p, 1, 1;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
-          "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
-          "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
-          "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-          "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),
-          "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),
-          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
-          "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-          "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]),
-          "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]),
-          "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]),
-          "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),
-          "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]),
-          "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]),
-          "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]),
-          "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-          "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]),
-          "+f"(d[127])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
+#undef FIREQ_WGMMA
+#undef FIREQ_P2
+#undef FIREQ_P4
+#undef FIREQ_P6
+#undef FIREQ_P8
+#undef FIREQ_P10
+#undef FIREQ_P30
+#undef FIREQ_P60
+#undef FIREQ_P90
+#undef FIREQ_P120
+#undef FIREQ_D2
+#undef FIREQ_D4
+#undef FIREQ_D6
+#undef FIREQ_D8
+#undef FIREQ_D10
+#undef FIREQ_D30
+#undef FIREQ_D60
+#undef FIREQ_D90
+#undef FIREQ_D120
 
 }  // namespace fireq::kernels

@@ -64,13 +64,13 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
 }
 
 TEST(GemmConfig, ChoiceIsOneOfTheConfigurations) {
-  const DeviceInfo hopper{90, 132, "test"};
+  const DeviceInfo hopper{90, 132, "test", 30, 15};
   const DeviceInfo ampere{80, 108, "test"};
   for (const std::uint64_t m : {1U, 8U, 9U, 16U, 17U, 32U, 33U, 64U, 65U, 128U, 129U, 5000U}) {
     for (const auto& device : {hopper, ampere}) {
       for (const WeightLayout layout : {WeightLayout::row, WeightLayout::sm90}) {
         const GemmChoice choice = choose_gemm(device, layout, m, 4096, 4096);
-        EXPECT_THAT(gemm_configs(device, layout, m), ::testing::Contains(choice.config))
+        EXPECT_THAT(gemm_configs(device, layout, m, 4096), ::testing::Contains(choice.config))
             << to_string(choice.config);
         EXPECT_FALSE(choice.reason.empty());
         if (device.compute_capability == 80) {

@@ -11,11 +11,22 @@
 namespace fireq::kernels::testing {
 namespace {
 
+struct Shape {
+  std::uint64_t tokens, cols;
+};
+
 class RowTest : public ::testing::Test {
  protected:
   void SetUp() override {
     if (device_count() == 0) GTEST_SKIP() << "no CUDA device";
   }
+  template <std::size_t kCount>
+  void quantiser_is_bit_exact(const std::array<Shape, kCount>& shapes);
+  template <std::size_t kCount>
+  void norm_and_quantiser(const std::array<Shape, kCount>& shapes);
+  template <std::size_t kCount>
+  void silu_mul_and_quantiser(const std::array<Shape, kCount>& shapes);
+
   std::mt19937 rng{std::random_device{}()};
   std::normal_distribution<float> normal;
 
@@ -26,12 +37,20 @@ class RowTest : public ::testing::Test {
   }
 };
 
-struct Shape {
-  std::uint64_t tokens, cols;
-};
-// Vector and scalar paths, rows longer than what the registers keep.
-constexpr std::array<Shape, 8> kShapes{
-    {{1, 1}, {3, 100}, {2, 2048}, {5, 4096}, {2, 4099}, {2, 8192}, {2, 14336}, {1, 28680}}};
+// Vector and scalar paths, rows longer than what the registers keep, rows of clusters (few) and of CTAs.
+constexpr std::array<Shape, 11> kShapes{{{1, 1},
+                                         {3, 100},
+                                         {2, 2048},
+                                         {5, 4096},
+                                         {2, 4099},
+                                         {2, 8192},
+                                         {9, 8200},
+                                         {33, 14336},
+                                         {2, 14336},
+                                         {66, 14336},
+                                         {1, 28680}}};
+// As many rows as take the kernels with few threads a row.
+constexpr std::array<Shape, 4> kManyRows{{{2048, 520}, {2050, 4096}, {2049, 8200}, {2048, 14336}}};
 
 struct Quantized {
   std::vector<std::uint8_t> x8;
@@ -62,8 +81,9 @@ std::uint64_t pitch_for(std::uint64_t cols) {
   return (cols + 127) / 128 * 128;
 }
 
-TEST_F(RowTest, SmallQuantiserIsBitExact) {
-  for (const Shape& s : kShapes) {
+template <std::size_t kCount>
+void RowTest::quantiser_is_bit_exact(const std::array<Shape, kCount>& shapes) {
+  for (const Shape& s : shapes) {
     SCOPED_TRACE(s.cols);
     const std::uint64_t pitch = pitch_for(s.cols);
     std::vector<std::uint16_t> x = random_bf16(s.tokens * s.cols, 3.0F);
@@ -88,6 +108,13 @@ TEST_F(RowTest, SmallQuantiserIsBitExact) {
   }
 }
 
+TEST_F(RowTest, SmallQuantiserIsBitExact) {
+  quantiser_is_bit_exact(kShapes);
+}
+TEST_F(RowTest, QuantiserOfManyRowsIsBitExact) {
+  quantiser_is_bit_exact(kManyRows);
+}
+
 // Every bf16 magnitude against a maximum of 448: the quotient's rounding, bit for bit.
 TEST_F(RowTest, QuantiserRoundsEveryBf16AsTheDefinition) {
   for (const std::uint64_t cols : {0x43e1U, 0x43e8U}) {  // element by element, and in vectors
@@ -106,8 +133,9 @@ TEST_F(RowTest, QuantiserRoundsEveryBf16AsTheDefinition) {
   }
 }
 
-TEST_F(RowTest, SmallNormAndQuantiser) {
-  for (const Shape& s : kShapes) {
+template <std::size_t kCount>
+void RowTest::norm_and_quantiser(const std::array<Shape, kCount>& shapes) {
+  for (const Shape& s : shapes) {
     for (const bool with_addend : {false, true}) {
       SCOPED_TRACE(std::to_string(s.cols) + (with_addend ? " with addend" : ""));
       const std::uint64_t pitch = pitch_for(s.cols);
@@ -141,8 +169,16 @@ TEST_F(RowTest, SmallNormAndQuantiser) {
   }
 }
 
-TEST_F(RowTest, SmallSiluMulAndQuantiser) {
-  for (const Shape& s : kShapes) {
+TEST_F(RowTest, SmallNormAndQuantiser) {
+  norm_and_quantiser(kShapes);
+}
+TEST_F(RowTest, NormAndQuantiserOfManyRows) {
+  norm_and_quantiser(kManyRows);
+}
+
+template <std::size_t kCount>
+void RowTest::silu_mul_and_quantiser(const std::array<Shape, kCount>& shapes) {
+  for (const Shape& s : shapes) {
     SCOPED_TRACE(s.cols);
     const std::uint64_t pitch = pitch_for(s.cols);
     std::vector<std::uint16_t> x = random_bf16(s.tokens * s.cols * 2, 4.0F);
@@ -157,6 +193,13 @@ TEST_F(RowTest, SmallSiluMulAndQuantiser) {
     silu_mul_quantize({dx.get(), 2 * s.cols}, s.tokens, s.cols, {x8.get(), pitch, scale.get()}, {});
     EXPECT_LT(compare({x8.download(), scale.download()}, cpu, s, pitch, 1.0 / 128), 0.02);
   }
+}
+
+TEST_F(RowTest, SmallSiluMulAndQuantiser) {
+  silu_mul_and_quantiser(kShapes);
+}
+TEST_F(RowTest, SiluMulAndQuantiserOfManyRows) {
+  silu_mul_and_quantiser(kManyRows);
 }
 
 TEST_F(RowTest, RefusesImpossibleShapes) {

@@ -1,0 +1,6 @@
+#include "kernels/cuda/prefill_launch.cuh"
+
+namespace fireq::kernels {
+template void launch_prefill_tile<192>(const GemmProblem&, const GemmConfig&, std::uint32_t,
+                                       const GemmOptions&);
+}
