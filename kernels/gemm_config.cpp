@@ -70,7 +70,7 @@ class PrefillCost {
            static_cast<double>(count) * (5.3 + 1.4 * wider_);
   }
   double sums_in_l2() const { return 4.2 + 2.0 * wider_; }
-  double sums_in_clusters() const { return 2.7; }
+  static double sums_in_clusters() { return 2.7; }
 
  private:
   double wider_;
@@ -104,11 +104,11 @@ GemmChoice choose_prefill(const DeviceInfo& device, std::uint64_t tokens, std::u
           cost.rounds(full + 1, full * groups + (groups + shares - 1) / shares) + cost.sums_in_l2(), blocks,
           "the remainder cut along K");
     if (blocks <= device.clusters_of_4)
-      offer({Route::prefill, tile, 4}, cost.rounds(1, (groups + 1) / 2) + cost.sums_in_clusters(), blocks,
-            "clusters of four with half of K a pair");
+      offer({Route::prefill, tile, 4}, cost.rounds(1, (groups + 1) / 2) + PrefillCost::sums_in_clusters(),
+            blocks, "clusters of four with half of K a pair");
     if (blocks <= device.clusters_of_8)
-      offer({Route::prefill, tile, 8}, cost.rounds(1, (groups + 3) / 4) + cost.sums_in_clusters(), blocks,
-            "clusters of eight with a quarter of K a pair");
+      offer({Route::prefill, tile, 8}, cost.rounds(1, (groups + 3) / 4) + PrefillCost::sums_in_clusters(),
+            blocks, "clusters of eight with a quarter of K a pair");
   }
   return best;
 }

@@ -312,7 +312,7 @@ struct Row {
 // is loaded once and kept as bf16. With kCluster a row is a cluster's, an even part of it a CTA's: a few long
 // rows on many multiprocessors (not for norm, which would exchange its sum too).
 template <Kind kKind, std::uint32_t kVectors, bool kCluster>
-__global__ void __launch_bounds__(kVectors > 4 ? 512 : 1024)
+__global__ void __launch_bounds__(kVectors > (kNorm<kKind> ? 2 : 4) ? 512 : 1024)
     row_kernel(const __grid_constant__ ActivationParams p) {
   static_assert(!kCluster || !kNorm<kKind>);
   __shared__ float scratch[2][32];
