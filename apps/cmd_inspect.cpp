@@ -184,6 +184,14 @@ int run(const Arguments& a) {
   } else {
     json["kind"] = "model";
     json["bytes"] = source->reader().total_bytes();
+    if (const formats::Int4Scheme* scheme = source->imported()) {
+      json["imported"] = {{"method", formats::int4_method(scheme->format)},
+                          {"group_size", scheme->group_size}};
+      report.line(fmt::format("{}: quantised by {} to 4 bits, {}; what follows are its dequantised weights",
+                              a.target, formats::int4_method(scheme->format),
+                              scheme->group_size == 0 ? std::string("one group a row")
+                                                      : fmt::format("groups of {}", scheme->group_size)));
+    }
     json["weights"] = nlohmann::json::array();
     print_rows(report, calib::inspect_weights(*source, a.outliers, a.layer, a.common.threads, progress),
                "linear (input channels)", json["weights"]);

@@ -225,6 +225,12 @@ int run(const Arguments& a) {
   options.threads = a.common.threads;
   options.tool_version = tool_version();
   const auto source = calib::open_weights(a.model);
+  if (const formats::Int4Scheme* scheme = source->imported()) {
+    progress.warning(
+        fmt::format("{} was quantised by {} to 4 bits: this adds a second error to its own; "
+                    "start from the original model where there is one",
+                    a.model, formats::int4_method(scheme->format)));
+  }
   obtain_text(a, *source, options, progress);
   const Report report(a.common);
   std::optional<calib::PrecisionPlan> plan;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "calib/folding.hpp"
+#include "calib/int4_weights.hpp"
 #include "calib/modules.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
@@ -74,6 +75,12 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
       LinearPlan linear{names[i], rows, cols, 0, 0, choice.precision};
       const std::string tensor = names[i] + ".weight";
       linear.bytes_before = rows * cols * dtype_size(linear_dtype(reader, layer, i));
+      // Of a source that another program quantised the parts are read, not copied.
+      if (const auto parts = int4_parts(reader, names[i]); !reader.contains(tensor) && !parts.empty()) {
+        linear.bytes_before = 0;
+        for (const std::string& part : parts) linear.bytes_before += reader.tensor(part).data.size();
+        replaced.insert(parts.begin(), parts.end());
+      }
       linear.bytes_after = linear_bytes(source, options, layer, i, choice);
       plan.bytes_after += linear.bytes_after;
       if (formats::linear_has_bias(config, i)) {
