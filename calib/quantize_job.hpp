@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "calib/dataset.hpp"
@@ -31,6 +32,7 @@ struct QuantizeOptions {
   std::uint64_t shard_size = 5'000'000'000;
   int threads = 0;
   std::string tool_version;
+  std::vector<std::pair<std::string, std::string>> side_files;  // written beside the tensors: name, text
 };
 
 struct LinearPlan {
