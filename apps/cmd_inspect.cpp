@@ -191,7 +191,7 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
 
 int run(const Arguments& a) {
   ConsoleProgress progress(a.common.quiet);
-  const Report report(a.common);
+  const Report report(a.common, progress);
   if (!a.html.empty() && !html_report_available()) html_report({}, {}, {});  // says why not, before the work
   nlohmann::json json = {{"target", a.target}}, profiles = nlohmann::json::object();
   const bool statistics = std::filesystem::is_regular_file(a.target);
@@ -224,7 +224,7 @@ int run(const Arguments& a) {
   }
   if (!a.html.empty()) {
     formats::write_file_atomically(formats::real_file_system(), a.html,
-                                   html_report("FireQ: " + a.target, json, profiles));
+                                   html_report("FireQ: " + a.target, report.whole(json), profiles));
     report.line(fmt::format("{}: written, opens in any browser", a.html));
   }
   report.json(json);

@@ -194,7 +194,7 @@ int run(const Arguments& a) {
                     a.model, formats::int4_method(scheme->format)));
   }
   obtain_text(a, *source, options, progress);
-  const Report report(a.common);
+  const Report report(a.common, progress);
   std::optional<calib::PrecisionPlan> plan;
   if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
@@ -228,8 +228,6 @@ int run(const Arguments& a) {
     chosen["seconds"] = plan->seconds;
     chosen["result_kl"] = result_kl(a, *source, *plan, report, progress);
   }
-  if (progress.warnings() > 0)
-    report.line(fmt::format("{} warning{}", progress.warnings(), progress.warnings() == 1 ? "" : "s"));
   report.json({{"out", a.out},
                {"plan", chosen},
                {"linears", result.linears},
@@ -244,7 +242,6 @@ int run(const Arguments& a) {
                {"saturated_groups", result.saturated_groups},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
-               {"warnings", progress.warnings()},
                {"recipe", nlohmann::json::parse(calib::recipe_to_json(options.recipe))}});
   return 0;
 }
