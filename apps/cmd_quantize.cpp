@@ -134,12 +134,17 @@ int dry_run(const Report& report, const calib::WeightSource& source, const calib
   report.line(fmt::format("peak memory at most {} (largest layer in FP32 {}, calibration activations {})",
                           bytes_text(plan.peak_memory), bytes_text(plan.largest_layer_fp32),
                           bytes_text(plan.calibration_bytes)));
+  if (chosen) {
+    report.line(fmt::format("choosing precisions: peak memory at most {}, {} this time, and as long in a run",
+                            bytes_text(chosen->memory), seconds_text(chosen->seconds)));
+  }
   report.line("nothing was written");
   nlohmann::json out = plan_json(plan);
   out["dry_run"] = true;
   if (chosen) {
     out["plan"] = precision_plan_json(*chosen);
     out["plan"]["seconds"] = chosen->seconds;
+    out["plan"]["peak_memory"] = chosen->memory;
   }
   out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
   report.json(out);

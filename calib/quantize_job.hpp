@@ -59,6 +59,9 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
 std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& options, std::uint64_t layer,
                            std::size_t linear, const ModuleChoice& choice);
 
+// Program, libraries, working areas: what any work on a model holds beside what grows with it.
+inline constexpr std::uint64_t kFixedMemory = 200'000'000;
+
 // Resident memory in bytes of a run on a model of this shape. windows: null when it does not calibrate.
 struct MemoryPlan {
   std::uint64_t largest_layer_fp32 = 0;

@@ -17,8 +17,6 @@ using formats::ModulePrecision;
 using formats::WeightLayout;
 using libquant::RowScale;
 
-constexpr std::uint64_t kFixedMemory = 200'000'000;
-
 std::uint64_t fp8_bytes(std::uint64_t rows, std::uint64_t cols) {
   return rows * (cols + sizeof(float));
 }
