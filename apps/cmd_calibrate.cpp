@@ -64,7 +64,7 @@ int run(const Arguments& a) {
   const formats::CalibrationStatistics statistics = a.merge.empty() ? collect(a, progress) : merge(a.merge);
   formats::write_statistics(formats::real_file_system(), a.out, statistics);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  const Report report(a.common);
+  const Report report(a.common, progress);
   report.line(fmt::format("{}: {} layers, {} tokens in {} windows, {}", a.out, statistics.layers.size(),
                           statistics.meta.tokens, statistics.meta.windows, seconds_text(seconds)));
   report.json({{"out", a.out},

@@ -175,7 +175,7 @@ int run(const Arguments& a) {
                                   [](const auto& l) { return !l.equal; });
   out["differ"] = differ;
 
-  const Report report(a.common);
+  const Report report(a.common, progress);
   report.line(fmt::format("A: {}\nB: {}", a.a, a.b));
   print_keys(report, "recipe", out["recipe"]);
   print_keys(report, "config.json", out["metadata"]);

@@ -357,7 +357,8 @@ void Doctor::print(const Report& report) const {
 
 int run(const Arguments& a) {
   const Doctor doctor(a);
-  const Report report(a.common);
+  const ConsoleProgress progress(a.common.quiet);
+  const Report report(a.common, progress);
   doctor.print(report);
   report.json(doctor.to_json());
   for (const Verdict& v : doctor.verdicts()) {

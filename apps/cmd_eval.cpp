@@ -95,7 +95,7 @@ int run(const Arguments& a) {
   const calib::WeightSource& tested = folded ? *folded : *model;
 
   if (!a.tasks.empty()) {
-    const Report report(a.common);
+    const Report report(a.common, progress);
     const calib::Precision precision = precision_of(a, *model);
     const std::uint64_t context = a.ctx.value_or(model->config().context);
     nlohmann::json json = {{"precision", precision_json(precision, tested.packed())}};
@@ -124,7 +124,7 @@ int run(const Arguments& a) {
   const calib::EvaluationResult result = calib::evaluate(tested, windows, options, progress);
   const std::uint64_t tokens = text.ids.size() + (bos == calib::Bos::head ? 1 : 0);
 
-  const Report report(a.common);
+  const Report report(a.common, progress);
   static constexpr std::array<const char*, 3> kBosNames{"head", "window", "none"};
   const char* bos_name = kBosNames[static_cast<std::size_t>(bos)];
   report.line(fmt::format(

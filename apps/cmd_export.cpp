@@ -61,7 +61,7 @@ int run(const Arguments& a) {
   const auto packed = calib::open_weights(a.folder);
   const calib::ExportResult result = run_export(*packed, options, progress);
 
-  const Report report(a.common);
+  const Report report(a.common, progress);
   const bool served = options.format == ExportFormat::compressed_tensors;
   nlohmann::json changed = nlohmann::json::array();
   double worst = 0;
@@ -80,8 +80,6 @@ int run(const Arguments& a) {
                           bytes_text(result.bytes_after), seconds_text(result.seconds)));
   if (result.resumed_layers > 0)
     report.line(fmt::format("resumed: {} layers were done already", result.resumed_layers));
-  if (progress.warnings() > 0)
-    report.line(fmt::format("{} warning{}", progress.warnings(), progress.warnings() == 1 ? "" : "s"));
   report.json({{"out", a.out},
                {"format", a.format},
                {"dtype", dtype_name(options.dtype)},
@@ -93,8 +91,7 @@ int run(const Arguments& a) {
                {"bytes_before", result.bytes_before},
                {"bytes_after", result.bytes_after},
                {"resumed_layers", result.resumed_layers},
-               {"seconds", result.seconds},
-               {"warnings", progress.warnings()}});
+               {"seconds", result.seconds}});
   return 0;
 }
 

@@ -82,7 +82,8 @@ int run(const Arguments& a) {
     fmt::print(stderr, "{} tokens after a prompt of {}, {:.1f} tokens/s, stopped at {}\n", result.new_tokens,
                result.prompt_tokens, rate, reason);
   }
-  const Report report(a.common);
+  const ConsoleProgress progress(a.common.quiet);
+  const Report report(a.common, progress);
   report.json({{"text", text},
                {"prompt_tokens", result.prompt_tokens},
                {"new_tokens", result.new_tokens},

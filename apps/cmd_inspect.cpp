@@ -1,12 +1,16 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <string_view>
 
 #include "apps/attribution.hpp"
 #include "apps/commands.hpp"
 #include "apps/html_report.hpp"
 #include "apps/linear_check_json.hpp"
+#include "apps/precision_plan.hpp"
 #include "calib/folding.hpp"
 #include "calib/inspect.hpp"
 #include "calib/validate.hpp"
@@ -120,6 +124,39 @@ void compare_with_reference(const Arguments& a, const calib::WeightSource& packe
   json["attribution"] = attribution_json(costs);
 }
 
+// How each linear, the embedding and the head are stored; those that are not in 4 bits are printed.
+void list_modules(const Arguments& a, const calib::WeightSource& source, const Report& report,
+                  nlohmann::json& json) {
+  const formats::CheckpointReader& reader = source.reader();
+  std::map<std::string, std::uint64_t> bytes;  // of a module's weight with its scales
+  for (const std::string& name : reader.names()) {
+    const std::string_view module = std::string_view(name).substr(0, name.rfind('.'));
+    if (name.find(".weight", module.size()) == module.size())
+      bytes[std::string(module)] += reader.tensor(name).data.size();
+  }
+  json["modules"] = nlohmann::json::array();
+  const auto add = [&](const nlohmann::json& layer, const std::string& name,
+                       formats::ModulePrecision precision) {
+    if (precision != formats::ModulePrecision::int4) {
+      report.line(fmt::format("{:>5}  {:<42} {}", layer.is_null() ? "" : layer.dump(), name,
+                              calib::precision_name(precision)));
+    }
+    json["modules"].push_back({{"layer", layer},
+                               {"name", name},
+                               {"precision", calib::precision_name(precision)},
+                               {"bytes", bytes[name]}});
+  };
+  for (std::uint64_t layer = 0; layer < source.config().layers; ++layer) {
+    if (a.layer && *a.layer != layer) continue;
+    const auto names = formats::linear_names(layer);
+    for (std::size_t i = 0; i < names.size(); ++i) add(layer, names.at(i), source.precision(layer, i));
+  }
+  for (const char* const module : {formats::kEmbeddingModule, formats::kHeadModule}) {
+    // A tied head has no tensor of its own.
+    if (bytes.contains(module)) add(nullptr, module, module_precision(*source.quantization(), module));
+  }
+}
+
 void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source, const Report& report,
                            Progress& progress, nlohmann::json& json, nlohmann::json& profiles) {
   const formats::QuantizationConfig& q = *source.quantization();
@@ -138,22 +175,11 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
                           q.layout == formats::WeightLayout::row ? "row" : "sm90",
                           bytes_text(source.reader().total_bytes()), q.tool_version));
   print_packed(report, calib::inspect_packed(source, a.layer, progress), json["packed"]);
-  json["other_linears"] = nlohmann::json::array();
-  for (std::uint64_t layer = 0; layer < source.config().layers; ++layer) {
-    if (a.layer && *a.layer != layer) continue;
-    const auto names = formats::linear_names(layer);
-    for (std::size_t i = 0; i < names.size(); ++i) {
-      const auto precision = source.precision(layer, i);
-      if (precision == formats::ModulePrecision::int4) continue;
-      report.line(fmt::format("{:>5}  {:<42} {}", layer, names.at(i), calib::precision_name(precision)));
-      json["other_linears"].push_back(
-          {{"layer", layer}, {"name", names.at(i)}, {"precision", calib::precision_name(precision)}});
-    }
-  }
-  for (const char* const module : {formats::kEmbeddingModule, formats::kHeadModule}) {
-    if (module_precision(q, module) != formats::ModulePrecision::fp8) continue;
-    report.line(fmt::format("{:>5}  {:<42} fp8", "", module));
-    json["other_linears"].push_back({{"layer", nullptr}, {"name", module}, {"precision", "fp8"}});
+  list_modules(a, source, report, json);
+  if (std::optional<nlohmann::json> plan = stored_plan(a.target)) {
+    report.line(
+        fmt::format("{}: what --target-size or --max-kl measured (--html shows it)", kPrecisionPlanFile));
+    json["plan"] = std::move(*plan);
   }
   if (const std::string path = a.target + "/calibration.h5"; std::filesystem::exists(path)) {
     report.line("");
@@ -165,7 +191,7 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
 
 int run(const Arguments& a) {
   ConsoleProgress progress(a.common.quiet);
-  const Report report(a.common);
+  const Report report(a.common, progress);
   if (!a.html.empty() && !html_report_available()) html_report({}, {}, {});  // says why not, before the work
   nlohmann::json json = {{"target", a.target}}, profiles = nlohmann::json::object();
   const bool statistics = std::filesystem::is_regular_file(a.target);
@@ -184,13 +210,21 @@ int run(const Arguments& a) {
   } else {
     json["kind"] = "model";
     json["bytes"] = source->reader().total_bytes();
+    if (const formats::Int4Scheme* scheme = source->imported()) {
+      json["imported"] = {{"method", formats::int4_method(scheme->format)},
+                          {"group_size", scheme->group_size}};
+      report.line(fmt::format("{}: quantised by {} to 4 bits, {}; what follows are its dequantised weights",
+                              a.target, formats::int4_method(scheme->format),
+                              scheme->group_size == 0 ? std::string("one group a row")
+                                                      : fmt::format("groups of {}", scheme->group_size)));
+    }
     json["weights"] = nlohmann::json::array();
     print_rows(report, calib::inspect_weights(*source, a.outliers, a.layer, a.common.threads, progress),
                "linear (input channels)", json["weights"]);
   }
   if (!a.html.empty()) {
     formats::write_file_atomically(formats::real_file_system(), a.html,
-                                   html_report("FireQ: " + a.target, json, profiles));
+                                   html_report("FireQ: " + a.target, report.whole(json), profiles));
     report.line(fmt::format("{}: written, opens in any browser", a.html));
   }
   report.json(json);

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "apps/commands.hpp"
+#include "apps/precision_plan.hpp"
 #include "calib/plan.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/sensitivity.hpp"
@@ -116,48 +117,6 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
           {"calibration_bytes", plan.calibration_bytes}};
 }
 
-nlohmann::json precision_plan_json(const calib::PrecisionPlan& plan) {
-  nlohmann::json units = nlohmann::json::array();
-  for (const calib::PlannedUnit& u : plan.units) {
-    nlohmann::json kl = {{"int4", u.kl_int4}};
-    nlohmann::json bytes = {{"int4", u.bytes_int4}, {"original", u.bytes_original}};
-    if (u.kl_fp8) {
-      kl["fp8"] = *u.kl_fp8;
-      bytes["fp8"] = *u.bytes_fp8;
-    }
-    units.push_back({{"linears", u.linears},
-                     {"kl", kl},
-                     {"bytes", bytes},
-                     {"precision", calib::precision_name(u.precision)}});
-  }
-  return {{"units", units},
-          {"tokens", plan.windows.ids.size()},
-          {"bytes", plan.bytes},
-          {"kl", plan.kl},
-          {"seconds", plan.seconds}};
-}
-
-// Before anything is written: what was measured, the most sensitive first, and what comes of it.
-void print_plan(const Report& report, const calib::PrecisionPlan& plan) {
-  std::vector<const calib::PlannedUnit*> order;
-  for (const calib::PlannedUnit& u : plan.units) order.push_back(&u);
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto* x, const auto* y) { return x->kl_int4 > y->kl_int4; });
-  report.line(fmt::format("{:<8} {:>10} {:>10} {:>10}  linear", "kept in", "KL in int4", "in fp8", "bytes"));
-  for (const calib::PlannedUnit* u : order) {
-    const std::uint64_t bytes = u->precision == formats::ModulePrecision::int4  ? u->bytes_int4
-                                : u->precision == formats::ModulePrecision::fp8 ? *u->bytes_fp8
-                                                                                : u->bytes_original;
-    report.line(fmt::format("{:<8} {:>10.3g} {:>10} {:>10}  {}{}", calib::precision_name(u->precision),
-                            u->kl_int4, u->kl_fp8 ? fmt::format("{:.3g}", *u->kl_fp8) : "-",
-                            bytes_text(bytes), u->linears.front(),
-                            u->linears.size() > 1 ? fmt::format(" and {} more", u->linears.size() - 1) : ""));
-  }
-  report.line(fmt::format("plan: {}, KL {:.5f} on {} tokens (weights and FP8 inputs), measured in {}\n",
-                          bytes_text(plan.bytes), plan.kl, plan.windows.ids.size(),
-                          seconds_text(plan.seconds)));
-}
-
 int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
             const std::optional<calib::PrecisionPlan>& chosen) {
   const calib::QuantizePlan plan = calib::plan_quantization(source, options);
@@ -175,10 +134,18 @@ int dry_run(const Report& report, const calib::WeightSource& source, const calib
   report.line(fmt::format("peak memory at most {} (largest layer in FP32 {}, calibration activations {})",
                           bytes_text(plan.peak_memory), bytes_text(plan.largest_layer_fp32),
                           bytes_text(plan.calibration_bytes)));
+  if (chosen) {
+    report.line(fmt::format("choosing precisions: peak memory at most {}, {} this time, and as long in a run",
+                            bytes_text(chosen->memory), seconds_text(chosen->seconds)));
+  }
   report.line("nothing was written");
   nlohmann::json out = plan_json(plan);
   out["dry_run"] = true;
-  if (chosen) out["plan"] = precision_plan_json(*chosen);
+  if (chosen) {
+    out["plan"] = precision_plan_json(*chosen);
+    out["plan"]["seconds"] = chosen->seconds;
+    out["plan"]["peak_memory"] = chosen->memory;
+  }
   out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
   report.json(out);
   return 0;
@@ -225,12 +192,19 @@ int run(const Arguments& a) {
   options.threads = a.common.threads;
   options.tool_version = tool_version();
   const auto source = calib::open_weights(a.model);
+  if (const formats::Int4Scheme* scheme = source->imported()) {
+    progress.warning(
+        fmt::format("{} was quantised by {} to 4 bits: this adds a second error to its own; "
+                    "start from the original model where there is one",
+                    a.model, formats::int4_method(scheme->format)));
+  }
   obtain_text(a, *source, options, progress);
-  const Report report(a.common);
+  const Report report(a.common, progress);
   std::optional<calib::PrecisionPlan> plan;
   if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
     options.recipe = plan->recipe;
+    options.side_files.emplace_back(kPrecisionPlanFile, precision_plan_json(*plan).dump(2) + "\n");
     print_plan(report, *plan);
   }
   if (a.dry_run) return dry_run(report, *source, options, plan);
@@ -256,10 +230,9 @@ int run(const Arguments& a) {
   nlohmann::json chosen = nullptr;
   if (plan) {
     chosen = precision_plan_json(*plan);
+    chosen["seconds"] = plan->seconds;
     chosen["result_kl"] = result_kl(a, *source, *plan, report, progress);
   }
-  if (progress.warnings() > 0)
-    report.line(fmt::format("{} warning{}", progress.warnings(), progress.warnings() == 1 ? "" : "s"));
   report.json({{"out", a.out},
                {"plan", chosen},
                {"linears", result.linears},
@@ -274,7 +247,6 @@ int run(const Arguments& a) {
                {"saturated_groups", result.saturated_groups},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
-               {"warnings", progress.warnings()},
                {"recipe", nlohmann::json::parse(calib::recipe_to_json(options.recipe))}});
   return 0;
 }

@@ -154,7 +154,7 @@ int run(const Arguments& a) {
            y.relative_error.value_or(y.product_relative_error);
   });
 
-  const Report report(a.common);
+  const Report report(a.common, progress);
   nlohmann::json linears = nlohmann::json::array();
   std::vector<std::string> failures;
   for (const calib::LinearCheck& c : checks) {

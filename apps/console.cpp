@@ -1,6 +1,7 @@
 #include "apps/console.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,7 +10,9 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <system_error>
 
 #include "common/error.hpp"
@@ -51,6 +54,8 @@ ConsoleProgress::ConsoleProgress(bool quiet) : quiet_(quiet), terminal_(is_termi
 
 ConsoleProgress::~ConsoleProgress() {
   clear_line();
+  // After an error the error is the last line.
+  if (std::uncaught_exceptions() == 0) sum_up();
 }
 
 void ConsoleProgress::begin(std::string_view stage, std::uint64_t total) {
@@ -99,8 +104,24 @@ void ConsoleProgress::clear_line() {
 
 void ConsoleProgress::warning(std::string_view line) {
   clear_line();
-  ++warnings_;
-  fmt::print(stderr, "fireq: {} {}\n", coloured(STDERR_FILENO, Colour::yellow, "warning:"), line);
+  warnings_.push_back(printable(std::string(line)));
+  fmt::print(stderr, "fireq: {} {}\n", coloured(STDERR_FILENO, Colour::yellow, "warning:"), warnings_.back());
+}
+
+void ConsoleProgress::sum_up() const {
+  if (quiet_ || warnings_.empty()) return;
+  constexpr std::size_t kMost = 3, kLongest = 60;
+  std::vector<std::string> first;
+  for (const std::string& text : std::span(warnings_).first(std::min(kMost, warnings_.size()))) {
+    std::size_t end = std::min(kLongest, text.size());
+    while (end > 0 && end < text.size() && (static_cast<unsigned char>(text[end]) & 0xc0U) == 0x80) --end;
+    first.push_back(end < text.size() ? text.substr(0, end) + "..." : text);
+  }
+  fmt::print(stderr, "fireq: {}: {}{}\n",
+             coloured(STDERR_FILENO, Colour::yellow,
+                      fmt::format("{} warning{}", warnings_.size(), warnings_.size() == 1 ? "" : "s")),
+             fmt::join(first, "; "),
+             warnings_.size() > kMost ? fmt::format("; and {} more", warnings_.size() - kMost) : "");
 }
 
 void write_stdout(std::string_view text) {
@@ -115,9 +136,15 @@ void Report::line(const std::string& text) const {
   write_stdout(text + "\n");
 }
 
+nlohmann::json Report::whole(nlohmann::json value) const {
+  value["warnings"] = progress_.warnings().size();
+  value["warning_lines"] = progress_.warnings();
+  return value;
+}
+
 void Report::json(const nlohmann::json& value) const {
   if (options_.json_path.empty()) return;
-  const std::string text = value.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  const std::string text = whole(value).dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
   if (options_.json_path == "-") {
     write_stdout(text);
     return;

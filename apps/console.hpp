@@ -6,6 +6,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "common/progress.hpp"
 
@@ -19,7 +20,8 @@ struct CommonOptions {
 };
 
 // A bar on a terminal (one that moves its cursor: not TERM=dumb), plain lines otherwise; nothing for work
-// under two seconds, nothing when quiet. Warnings are always shown, and counted.
+// under two seconds, nothing when quiet. Warnings are always shown, counted, and, unless quiet, summed up in
+// one last line when the work ends without an error.
 class ConsoleProgress : public Progress {
  public:
   explicit ConsoleProgress(bool quiet);
@@ -28,30 +30,35 @@ class ConsoleProgress : public Progress {
   void advance(std::uint64_t done) override;
   void end() override;
   void warning(std::string_view line) override;
-  std::uint64_t warnings() const noexcept { return warnings_; }
+  const std::vector<std::string>& warnings() const noexcept { return warnings_; }
 
  private:
   void draw(std::uint64_t done, bool last);
   void clear_line();
+  void sum_up() const;
 
   bool quiet_, terminal_;
   bool drawn_ = false;
   std::string stage_;
   std::uint64_t total_ = 0;
-  std::uint64_t warnings_ = 0;
+  std::vector<std::string> warnings_;
   std::chrono::steady_clock::time_point begin_, last_draw_;
 };
 
-// Prints a line to stdout unless quiet or JSON goes there.
+// Prints a line to stdout unless quiet or JSON goes there. Both outlive this.
 class Report {
  public:
-  explicit Report(const CommonOptions& options) : options_(options) {}
+  Report(const CommonOptions& options, const ConsoleProgress& progress)
+      : options_(options), progress_(progress) {}
   void line(const std::string& text) const;
-  // Writes the JSON where --json asks for it (atomically); does nothing without --json.
+  // The object with "warnings", how many there were so far, and "warning_lines", their texts.
+  nlohmann::json whole(nlohmann::json value) const;
+  // Writes whole(value) where --json asks for it (atomically); does nothing without --json.
   void json(const nlohmann::json& value) const;
 
  private:
   const CommonOptions& options_;
+  const ConsoleProgress& progress_;
 };
 
 enum class Colour : std::uint8_t { red, yellow, green };

@@ -193,6 +193,16 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   return result;
 }
 
+std::uint64_t comparison_memory(const formats::ModelConfig& config, const Windows& windows) {
+  const std::uint64_t resident = 2 * (layer_bytes(config) + head_bytes(config));
+  const std::uint64_t tokens = windows.ids.size() * 2 * token_bytes(config);
+  // The layer at hand is there as it is read, too.
+  const std::uint64_t layer = layer_bytes(config) / std::max<std::uint64_t>(1, config.layers);
+  if (resident <= kResidentBytes) return resident + 2 * layer + tokens;
+  const std::uint64_t part = OutputHead::part_rows_for(config.hidden) * config.hidden * sizeof(float);
+  return 4 * layer + 2 * part + std::min(tokens, 2 * kStreamedChunkBytes);
+}
+
 std::vector<float> window_logits(const WeightSource& model, std::span<const std::int32_t> ids,
                                  const Precision& precision, int threads) {
   if (ids.empty()) throw Error(ErrorKind::input, "no token to compute logits for");

@@ -43,6 +43,10 @@ struct EvaluationOptions {
 EvaluationResult evaluate(const WeightSource& model, const Windows& windows, const EvaluationOptions& options,
                           Progress& progress);
 
+// Upper estimate of what evaluate() holds at once for a model with a reference of the same shape, beside the
+// fixed share of every run.
+std::uint64_t comparison_memory(const formats::ModelConfig& config, const Windows& windows);
+
 // FP32 logits [ids, vocab] of one window (for golden tests and validate).
 std::vector<float> window_logits(const WeightSource& model, std::span<const std::int32_t> ids,
                                  const Precision& precision, int threads);

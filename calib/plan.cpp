@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <chrono>
 #include <cstdio>
+#include <map>
 #include <utility>
 
 #include "calib/evaluate.hpp"
@@ -78,6 +80,9 @@ class Planner {
     collect_statistics();
     plan_.windows = sample_windows(*options_.calibration, kSampleTokens);
     find_units();
+    plan_.memory = kFixedMemory + std::max(unit_kl_memory(source_.config(), plan_.windows.ids.size(),
+                                                          units_.size(), precisions_.size(), kVariantBytes),
+                                           comparison_memory(source_.config(), plan_.windows));
     QuantizeOptions smallest = options_;
     smallest.recipe = recipe_at_plan();
     const QuantizePlan least = plan_quantization(source_, smallest);
@@ -95,11 +100,13 @@ class Planner {
     measure();
     if (goal_.size) {
       take_by_size();
+      progress_.begin("check", 1);
     } else {
       take_by_kl();
     }
     plan_.recipe = recipe_at_plan();
-    plan_.kl = kl_of(plan_.recipe);
+    plan_.kl = kl_of_plan();
+    progress_.end();
     QuantizeOptions planned = options_;
     planned.recipe = plan_.recipe;
     plan_.bytes = plan_quantization(source_, planned).bytes_after;
@@ -184,10 +191,12 @@ class Planner {
   void take_by_kl() {
     const auto reached = [&](std::size_t count) {
       set_steps(count);
-      return kl_of(recipe_at_plan());
+      return kl_of_plan();
     };
     std::size_t low = 0;
     std::size_t high = steps_.size();
+    // Halvings of what is left, after the first look at all of the steps; the last look was taken before.
+    progress_.begin("search", 1 + std::bit_width(steps_.size()));
     const double least = reached(high);
     if (least > *goal_.kl) {
       throw Error(ErrorKind::usage, "the KL does not become as small as that")
@@ -195,7 +204,6 @@ class Planner {
           .found(number(*goal_.kl))
           .hint("with every open linear in its own type it is " + number(least));
     }
-    progress_.begin("search", 1);
     while (low < high) {
       check_interrupt();
       const std::size_t middle = low + (high - low) / 2;
@@ -205,7 +213,6 @@ class Planner {
         low = middle + 1;
       }
     }
-    progress_.end();
     set_steps(high);
   }
 
@@ -223,9 +230,18 @@ class Planner {
     return out;
   }
 
-  double kl_of(const Recipe& recipe) const {
+  // KL of the mixture that the units say now; each is measured once.
+  double kl_of_plan() {
+    std::vector<ModulePrecision> mixture;
+    for (const PlannedUnit& unit : plan_.units) mixture.push_back(unit.precision);
+    const auto known = measured_.find(mixture);
+    if (known != measured_.end()) return known->second;
+    const Recipe recipe = recipe_at_plan();
     const Modules modules = modules_of(source_, recipe);
-    return planned_kl(run_of(recipe, modules), plan_.windows);
+    const double kl = planned_kl(run_of(recipe, modules), plan_.windows);
+    measured_.emplace(std::move(mixture), kl);
+    progress_.advance(measured_.size());
+    return kl;
   }
 
   const WeightSource& source_;
@@ -237,6 +253,7 @@ class Planner {
   std::vector<PrecisionUnit> units_;
   std::vector<ModulePrecision> precisions_;
   std::vector<Step> steps_;
+  std::map<std::vector<ModulePrecision>, double> measured_;  // whole mixtures
   std::uint64_t least_bytes_ = 0, header_bytes_ = 0;
   PrecisionPlan plan_;
 };

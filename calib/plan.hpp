@@ -41,6 +41,7 @@ struct PrecisionPlan {
   std::uint64_t bytes = 0;         // of the plan, tensor data
   double kl = 0;                   // measured, with 4-bit linears rounded to the nearest
   double seconds = 0;
+  std::uint64_t memory = 0;  // of the planning, resident: upper estimate
 };
 
 // options.calibration holds the text; statistics that the recipe needs are collected on the way and left in

@@ -406,6 +406,9 @@ QuantizeResult Job::run() {
   quantization.tool_version = options_.tool_version;
   formats::write_file_atomically(fs_, writer.side_file("README.md"),
                                  model_card(config_, plan, options_.recipe, quantization));
+  for (const auto& [name, text] : options_.side_files) {
+    formats::write_file_atomically(fs_, writer.side_file(name), text);
+  }
   const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
   writer.publish(units, formats::make_config_json(source_config, quantization), options_.shard_size);
 

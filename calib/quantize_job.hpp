@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "calib/dataset.hpp"
@@ -31,6 +32,7 @@ struct QuantizeOptions {
   std::uint64_t shard_size = 5'000'000'000;
   int threads = 0;
   std::string tool_version;
+  std::vector<std::pair<std::string, std::string>> side_files;  // written beside the tensors: name, text
 };
 
 struct LinearPlan {
@@ -56,6 +58,9 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
 // Bytes of one linear's weight, without a bias, as `choice` would have it stored.
 std::uint64_t linear_bytes(const WeightSource& source, const QuantizeOptions& options, std::uint64_t layer,
                            std::size_t linear, const ModuleChoice& choice);
+
+// Program, libraries, working areas: what any work on a model holds beside what grows with it.
+inline constexpr std::uint64_t kFixedMemory = 200'000'000;
 
 // Resident memory in bytes of a run on a model of this shape. windows: null when it does not calibrate.
 struct MemoryPlan {

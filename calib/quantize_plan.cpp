@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "calib/folding.hpp"
+#include "calib/int4_weights.hpp"
 #include "calib/modules.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
@@ -15,8 +16,6 @@ namespace {
 using formats::ModulePrecision;
 using formats::WeightLayout;
 using libquant::RowScale;
-
-constexpr std::uint64_t kFixedMemory = 200'000'000;
 
 std::uint64_t fp8_bytes(std::uint64_t rows, std::uint64_t cols) {
   return rows * (cols + sizeof(float));
@@ -74,6 +73,12 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
       LinearPlan linear{names[i], rows, cols, 0, 0, choice.precision};
       const std::string tensor = names[i] + ".weight";
       linear.bytes_before = rows * cols * dtype_size(linear_dtype(reader, layer, i));
+      // Of a source that another program quantised the parts are read, not copied.
+      if (const auto parts = int4_parts(reader, names[i]); !reader.contains(tensor) && !parts.empty()) {
+        linear.bytes_before = 0;
+        for (const std::string& part : parts) linear.bytes_before += reader.tensor(part).data.size();
+        replaced.insert(parts.begin(), parts.end());
+      }
       linear.bytes_after = linear_bytes(source, options, layer, i, choice);
       plan.bytes_after += linear.bytes_after;
       if (formats::linear_has_bias(config, i)) {

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <utility>
 
 #include "calib/simd.hpp"
 #include "common/error.hpp"
@@ -40,77 +42,94 @@ struct TileArea {
 };
 
 struct Side {
-  OutputHead& head;
+  OutputHead* head;
   FloatBuffer hidden;  // normalised
 };
 
-std::vector<TokenScore> score(Side& model, Side* reference, std::span<const std::int32_t> targets,
-                              int threads) {
+TokenScore token_score(const RowState& state, bool compared, std::uint64_t row) {
+  TokenScore out;
+  const simd::LogSumExp& sum = compared ? state.both.model : state.model;
+  out.nll = simd::value(sum) - static_cast<double>(state.target);
+  out.is_top1 = state.target >= sum.max;
+  if (compared) {
+    out.kl = simd::value(state.both);
+    out.reference_nll = simd::value(state.both.reference) - static_cast<double>(state.reference_target);
+    out.same_top1 = state.model_top.index == state.reference_top.index;
+  }
+  if (!std::isfinite(out.nll) || !std::isfinite(out.kl)) {
+    throw Error(ErrorKind::input, "logits are not finite").found("scored token " + std::to_string(row));
+  }
+  return out;
+}
+
+// Scores of each model [models][rows]. The reference's logits, and parts of a head that models share, are
+// made once for all of them.
+std::vector<std::vector<TokenScore>> score(std::span<const Side> models, const Side* reference,
+                                           std::span<const std::int32_t> targets, int threads) {
   const std::uint64_t rows = targets.size();
-  const std::uint64_t vocab = model.head.vocab();
-  if (reference != nullptr &&
-      (reference->head.vocab() != vocab || reference->head.part_rows() != model.head.part_rows())) {
+  const std::uint64_t vocab = models.front().head->vocab(), part_rows = models.front().head->part_rows();
+  const auto comparable = [&](const Side& side) {
+    return side.head->vocab() == vocab && side.head->part_rows() == part_rows;
+  };
+  if (!std::all_of(models.begin(), models.end(), comparable) ||
+      (reference != nullptr && !comparable(*reference))) {
     throw Error(ErrorKind::internal, "output heads that cannot be compared");
   }
-  std::vector<RowState> states(rows);
+  std::vector<RowState> states(models.size() * rows);
   Pool<TileArea> pool;
-  for (std::uint64_t begin = 0; begin < vocab; begin += model.head.part_rows()) {
+  for (std::uint64_t begin = 0; begin < vocab; begin += part_rows) {
     check_interrupt();
-    const Panels& part = model.head.part(begin / model.head.part_rows());
-    const Panels* reference_part = nullptr;
-    if (reference != nullptr) reference_part = &reference->head.part(begin / model.head.part_rows());
+    std::map<OutputHead*, const Panels*> parts;
+    const auto part_of = [&](const Side& side) -> const Panels& {
+      const Panels*& part = parts[side.head];
+      if (part == nullptr) part = &side.head->part(begin / part_rows);
+      return *part;
+    };
+    std::vector<const Panels*> model_parts;
+    for (const Side& model : models) model_parts.push_back(&part_of(model));
+    const Panels* const reference_part = reference == nullptr ? nullptr : &part_of(*reference);
+    const std::uint64_t columns = model_parts.front()->rows();
     parallel_for((rows + kRowBlock - 1) / kRowBlock, threads, [&](std::size_t block) {
       const std::uint64_t first = block * kRowBlock;
       const std::uint64_t count = std::min(kRowBlock, rows - first);
       Pool<TileArea>::Loan area(pool);
       const auto logits = [&](const Side& side, const Panels& panels, std::uint64_t column, std::uint64_t n,
                               FloatBuffer& out) {
-        const std::size_t stride = padded_stride(side.head.hidden());
+        const std::size_t stride = padded_stride(side.head->hidden());
         out.resize(kRowBlock * kTile);
         simd::kernels().gemm(side.hidden.data() + first * stride, stride, count,
                              panels.panel(column / simd::kPanel), simd::kPanel * panels.cols(), n,
                              panels.cols(), out.data(), kTile, false);
       };
-      for (std::uint64_t column = 0; column < part.rows(); column += kTile) {
-        const std::uint64_t n = std::min(kTile, part.rows() - column);
-        logits(model, part, column, n, area->model);
+      const auto update = [&](std::uint64_t i, std::uint64_t column, std::uint64_t n, RowState& state) {
+        const float* row = area->model.data() + i * kTile;
+        const auto target = static_cast<std::uint64_t>(targets[first + i]);
+        const bool here = target >= begin + column && target < begin + column + n;
+        if (here) state.target = row[target - begin - column];
+        if (reference == nullptr) {
+          simd::kernels().log_sum_exp(state.model, row, n);
+          return;
+        }
+        const float* other = area->reference.data() + i * kTile;
+        if (here) state.reference_target = other[target - begin - column];
+        simd::kernels().divergence(state.both, other, row, n);
+        state.model_top.update(row, n, begin + column, state.both.model.max);
+        state.reference_top.update(other, n, begin + column, state.both.reference.max);
+      };
+      for (std::uint64_t column = 0; column < columns; column += kTile) {
+        const std::uint64_t n = std::min(kTile, columns - column);
         if (reference != nullptr) logits(*reference, *reference_part, column, n, area->reference);
-        for (std::uint64_t i = 0; i < count; ++i) {
-          RowState& state = states[first + i];
-          const float* row = area->model.data() + i * kTile;
-          const auto target = static_cast<std::uint64_t>(targets[first + i]);
-          if (target >= begin + column && target < begin + column + n) {
-            state.target = row[target - begin - column];
-          }
-          if (reference == nullptr) {
-            simd::kernels().log_sum_exp(state.model, row, n);
-          } else {
-            const float* other = area->reference.data() + i * kTile;
-            if (target >= begin + column && target < begin + column + n) {
-              state.reference_target = other[target - begin - column];
-            }
-            simd::kernels().divergence(state.both, other, row, n);
-            state.model_top.update(row, n, begin + column, state.both.model.max);
-            state.reference_top.update(other, n, begin + column, state.both.reference.max);
-          }
+        for (std::size_t m = 0; m < models.size(); ++m) {
+          logits(models[m], *model_parts[m], column, n, area->model);
+          for (std::uint64_t i = 0; i < count; ++i) update(i, column, n, states[m * rows + first + i]);
         }
       }
     });
   }
-  std::vector<TokenScore> out(rows);
-  for (std::uint64_t i = 0; i < rows; ++i) {
-    const RowState& state = states[i];
-    const simd::LogSumExp& sum = reference == nullptr ? state.model : state.both.model;
-    out[i].nll = simd::value(sum) - static_cast<double>(state.target);
-    out[i].is_top1 = state.target >= sum.max;
-    if (reference != nullptr) {
-      out[i].kl = simd::value(state.both);
-      out[i].reference_nll = simd::value(state.both.reference) - static_cast<double>(state.reference_target);
-      out[i].same_top1 = state.model_top.index == state.reference_top.index;
-    }
-    if (!std::isfinite(out[i].nll) || !std::isfinite(out[i].kl)) {
-      throw Error(ErrorKind::input, "logits are not finite").found("scored token " + std::to_string(i));
-    }
+  std::vector<std::vector<TokenScore>> out(models.size(), std::vector<TokenScore>(rows));
+  for (std::size_t m = 0; m < models.size(); ++m) {
+    for (std::uint64_t i = 0; i < rows; ++i)
+      out[m][i] = token_score(states[m * rows + i], reference != nullptr, i);
   }
   return out;
 }
@@ -118,7 +137,7 @@ std::vector<TokenScore> score(Side& model, Side* reference, std::span<const std:
 Side make_side(OutputHead& head, std::span<const float> hidden, std::uint64_t rows) {
   if (hidden.size() != rows * head.hidden())
     throw Error(ErrorKind::internal, "hidden states of another size");
-  Side side{head, {}};
+  Side side{&head, {}};
   head.normalise(hidden, rows, side.hidden);
   return side;
 }
@@ -176,16 +195,33 @@ void OutputHead::normalise(std::span<const float> hidden, std::uint64_t rows, Fl
 
 std::vector<TokenScore> score_tokens(OutputHead& head, std::span<const float> hidden,
                                      std::span<const std::int32_t> targets, int threads) {
-  Side model = make_side(head, hidden, targets.size());
-  return score(model, nullptr, targets, threads);
+  const Side model = make_side(head, hidden, targets.size());
+  return std::move(score({&model, 1}, nullptr, targets, threads).front());
 }
 
 std::vector<TokenScore> score_tokens(OutputHead& head, std::span<const float> hidden, OutputHead& reference,
                                      std::span<const float> reference_hidden,
                                      std::span<const std::int32_t> targets, int threads) {
-  Side model = make_side(head, hidden, targets.size());
-  Side other = make_side(reference, reference_hidden, targets.size());
-  return score(model, &other, targets, threads);
+  const Side model = make_side(head, hidden, targets.size());
+  const Side other = make_side(reference, reference_hidden, targets.size());
+  return std::move(score({&model, 1}, &other, targets, threads).front());
+}
+
+std::vector<double> mean_divergences(OutputHead& head, std::span<const std::vector<float>> models,
+                                     std::span<const float> reference, int threads) {
+  const std::uint64_t rows = reference.size() / head.hidden();
+  const Side other = make_side(head, reference, rows);
+  std::vector<Side> sides;
+  for (const std::vector<float>& hidden : models) sides.push_back(make_side(head, hidden, rows));
+  const std::vector<std::int32_t> targets(rows, 0);  // of no use: KL looks at no target
+  std::vector<double> out;
+  if (sides.empty()) return out;
+  for (const std::vector<TokenScore>& scores : score(sides, &other, targets, threads)) {
+    double sum = 0;
+    for (const TokenScore& s : scores) sum += s.kl;
+    out.push_back(sum / static_cast<double>(rows));
+  }
+  return out;
 }
 
 void write_logits(OutputHead& head, std::span<const float> hidden, std::span<float> logits, int threads) {

@@ -60,6 +60,12 @@ std::vector<TokenScore> score_tokens(OutputHead& head, std::span<const float> hi
                                      std::span<const float> reference_hidden,
                                      std::span<const std::int32_t> targets, int threads);
 
+// Mean KL(reference || model) per row of each of `models`, whose final hidden states [rows, hidden] go
+// through the same head as the reference's. The reference's logits are made once for all models; normalised
+// copies of all hidden states are held at once.
+std::vector<double> mean_divergences(OutputHead& head, std::span<const std::vector<float>> models,
+                                     std::span<const float> reference, int threads);
+
 // Logits [rows, vocab].
 void write_logits(OutputHead& head, std::span<const float> hidden, std::span<float> logits, int threads);
 

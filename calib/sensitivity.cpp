@@ -18,6 +18,8 @@ namespace {
 using formats::ModulePrecision;
 
 constexpr std::uint64_t kKeptHeadBytes = std::uint64_t{1} << 30U;
+// Variants whose logits are made side by side, against the original's made once.
+constexpr std::size_t kScoredTogether = 16;
 
 // FP8 weights of rows, r * w8, in place.
 void through_fp8(std::span<float> rows, std::uint64_t cols) {
@@ -167,17 +169,16 @@ class Variants {
     const formats::ModelConfig& config = run_.source.config();
     const bool keep = config.vocab * config.hidden * sizeof(float) <= kKeptHeadBytes;
     OutputHead head(run_.source, keep, OutputHead::part_rows_for(config.hidden), run_.threads);
-    std::vector<std::int32_t> targets(windows_.ids.begin() + 1, windows_.ids.end());
-    targets.push_back(windows_.ids.front());  // of no use: KL looks at no target
     std::vector<std::vector<double>> kl;
-    for (std::size_t v = 0; v < variants.size(); ++v) {
+    std::size_t v = 0;
+    while (v < variants.size()) {
       check_interrupt();
-      double sum = 0;
-      for (const TokenScore& s : score_tokens(head, variants[v], head, base, targets, run_.threads))
-        sum += s.kl;
-      if (v % precisions == 0) kl.emplace_back();
-      kl.back().push_back(sum / static_cast<double>(windows_.ids.size()));
-      step();
+      const auto together = std::span(variants).subspan(v, std::min(kScoredTogether, variants.size() - v));
+      for (const double mean : mean_divergences(head, together, base, run_.threads)) {
+        if (v++ % precisions == 0) kl.emplace_back();
+        kl.back().push_back(mean);
+        step();
+      }
     }
     return kl;
   }
@@ -238,6 +239,26 @@ double stored_kl(const WeightSource& packed, const WeightSource& original, const
 
 double planned_kl(const PlannedRun& run, const Windows& windows) {
   return stored_kl(PlannedWeights(run), run.source, windows, run.threads);
+}
+
+std::uint64_t unit_kl_memory(const formats::ModelConfig& config, std::uint64_t tokens, std::size_t units,
+                             std::size_t precisions, std::uint64_t bytes) {
+  const std::uint64_t state = tokens * config.hidden * sizeof(float);
+  const std::size_t at_once = std::max<std::size_t>(1, bytes / state / precisions);
+  const std::uint64_t variants = std::min(units, at_once) * precisions;
+  std::uint64_t layer = 0;
+  for (std::size_t i = 0; i < kLinears; ++i) {
+    const auto [rows, cols] = formats::linear_shape(config, i);
+    layer += rows * cols * sizeof(float);
+  }
+  const std::uint64_t head = config.vocab * config.hidden * sizeof(float);
+  const std::uint64_t part = OutputHead::part_rows_for(config.hidden) * config.hidden * sizeof(float);
+  // The original's states beside the variants'; then either layers, as read, as panels and in each precision,
+  // or the head and the normalised copies of what is scored together.
+  const std::uint64_t layers = (2 + precisions) * layer;
+  const std::uint64_t scoring =
+      (head <= kKeptHeadBytes ? head : part) + (kScoredTogether + 1) * (state + tokens * 256);
+  return (variants + 1) * state + std::max(layers, scoring);
 }
 
 std::vector<std::vector<double>> unit_kl(const PlannedRun& run, const Windows& windows,

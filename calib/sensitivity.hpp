@@ -63,10 +63,13 @@ double stored_kl(const WeightSource& packed, const WeightSource& original, const
 // The same KL of each unit alone in each of `precisions`: result [unit][precision]. All other linears are the
 // originals, in FP32. Units in the order of their layers. Each layer is loaded once for as many units as fit
 // in memory (`bytes` of hidden states), so that the work is that of units * precisions / 2 forward passes and
-// as many output heads.
+// as many output heads, and a sixteenth of these more for the original's.
 std::vector<std::vector<double>> unit_kl(const PlannedRun& run, const Windows& windows,
                                          std::span<const PrecisionUnit> units,
                                          std::span<const formats::ModulePrecision> precisions,
                                          std::uint64_t bytes, Progress& progress);
+// Upper estimate of what that holds beside the fixed share of every run.
+std::uint64_t unit_kl_memory(const formats::ModelConfig& config, std::uint64_t tokens, std::size_t units,
+                             std::size_t precisions, std::uint64_t bytes);
 
 }  // namespace fireq::calib

@@ -51,9 +51,11 @@ const Fused* fused_of(std::size_t linear) {
 }  // namespace
 
 Dtype linear_dtype(const formats::CheckpointReader& reader, std::uint64_t layer, std::size_t linear) {
-  const std::string own = formats::linear_names(layer)[linear] + ".weight";
+  const std::string module = formats::linear_names(layer)[linear], own = module + ".weight";
+  if (reader.contains(own)) return reader.tensor(own).dtype;
+  if (const auto scales = int4_scale_dtype(reader, module)) return *scales;
   const Fused* const fused = fused_of(linear);
-  if (reader.contains(own) || fused == nullptr) return reader.tensor(own).dtype;
+  if (fused == nullptr) return reader.tensor(own).dtype;
   return reader.tensor(layer_name(layer, fused->name) + ".weight").dtype;
 }
 
@@ -99,6 +101,14 @@ FolderWeights::FolderWeights(const std::string& folder)
   if (formats::is_fireq_folder(folder)) {
     quantization_ = formats::read_quantization_config(folder);
     formats::check_fireq_tensors(reader_, config_, *quantization_);
+  } else if (const auto scheme = formats::read_int4_scheme(folder)) {
+    import_.emplace(reader_, *scheme);
+    if (import_->holds("lm_head")) {
+      throw Error(ErrorKind::input, "a quantised output head is not read")
+          .path(folder)
+          .tensor("lm_head")
+          .hint("use a checkpoint that leaves lm_head as it was");
+    }
   }
   check_tensors();
 }
@@ -131,6 +141,11 @@ void FolderWeights::check_tensors() const {
     for (std::size_t linear = 0; linear < kLinears; ++linear) {
       const Source source = source_of(layer, linear);
       const auto shape = formats::linear_shape(config_, linear);
+      if (is_imported(names[linear])) {
+        import_->check(names[linear], shape[0], shape[1]);
+        if (formats::linear_has_bias(config_, linear)) check_tensor(names[linear] + ".bias", {shape[0]});
+        continue;
+      }
       if (!is_packed(names[linear]) && !is_fp8(names[linear]))
         check_tensor(source.name + ".weight", {source.rows, shape[1]});
       if (formats::linear_has_bias(config_, linear)) check_tensor(source.name + ".bias", {source.rows});
@@ -167,7 +182,8 @@ FolderWeights::Source FolderWeights::source_of(std::uint64_t layer, std::size_t 
   const std::string own = formats::linear_names(layer)[linear];
   const std::uint64_t rows = formats::linear_shape(config_, linear)[0];
   const Fused* fused = fused_of(linear);
-  if (fused == nullptr || is_packed(own) || reader_.contains(own + ".weight")) return {own, 0, rows};
+  if (fused == nullptr || is_packed(own) || is_imported(own) || reader_.contains(own + ".weight"))
+    return {own, 0, rows};
   const std::string name = layer_name(layer, fused->name);
   if (!reader_.contains(name + ".weight")) return {own, 0, rows};
   Source source{name, 0, 0};
@@ -219,6 +235,9 @@ LinearWeights FolderWeights::load_linear(std::uint64_t layer, std::size_t linear
     if (operands) load_operands(layer, linear, threads, out);
   } else if (is_fp8(out.name)) {
     load_fp8(out.name, threads, out);
+  } else if (is_imported(out.name)) {
+    out.weight = import_->load(out.name, out.rows, out.cols, threads);
+    import_->release(out.name);
   } else {
     out.weight = values(source.name + ".weight", source.begin * shape[1], shape[0] * shape[1], threads);
     out.plain_input = packed();

@@ -11,6 +11,7 @@
 
 #include "formats/checkpoint.hpp"
 #include "formats/fireq_folder.hpp"
+#include "formats/int4_scheme.hpp"
 #include "formats/model_config.hpp"
 #include "libquant/quantized_linear.hpp"
 
@@ -62,15 +63,20 @@ class WeightSource {
   virtual libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const = 0;
   // Packed folders: the folder's quantization_config.
   virtual const formats::QuantizationConfig* quantization() const noexcept = 0;
+  // Folders that another program quantised to 4 bits: how; nullptr for all others.
+  virtual const formats::Int4Scheme* imported() const noexcept { return nullptr; }
   // How a linear is stored; `original` unless this is a FireQ folder.
   formats::ModulePrecision precision(std::uint64_t layer, std::size_t linear) const;
 };
 
-// HF folder or FireQ folder, told apart by config.json. Checks every tensor's presence and shape against the
-// config first (fused qkv_proj / gate_up_proj tensors are understood).
+// HF folder, FireQ folder, or a 4-bit folder of another program (docs/import.md), told apart by
+// config.json; the third kind acts as an original whose weights are the dequantised ones. Checks every
+// tensor's presence and shape against the config first (fused qkv_proj / gate_up_proj tensors are
+// understood).
 std::unique_ptr<WeightSource> open_weights(const std::string& folder);
 
-// The type in which an original checkpoint stores a linear (its own tensor or a fused one).
+// The type in which an original checkpoint stores a linear (its own tensor or a fused one), or its scales
+// where another program quantised it.
 Dtype linear_dtype(const formats::CheckpointReader& reader, std::uint64_t layer, std::size_t linear);
 
 // FP32 values of a F32/F16/BF16 tensor; Error(input) naming tensor and index when a value is NaN or Inf and

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "calib/int4_weights.hpp"
 #include "calib/weights.hpp"
 
 namespace fireq::calib {
@@ -25,6 +26,9 @@ class FolderWeights final : public WeightSource {
   const formats::QuantizationConfig* quantization() const noexcept override {
     return quantization_ ? &*quantization_ : nullptr;
   }
+  const formats::Int4Scheme* imported() const noexcept override {
+    return import_ ? &import_->scheme() : nullptr;
+  }
 
  private:
   static constexpr const char* kEmbedding = "model.embed_tokens.weight";
@@ -42,6 +46,7 @@ class FolderWeights final : public WeightSource {
   Source source_of(std::uint64_t layer, std::size_t linear) const;
   bool is_packed(const std::string& module) const;  // in 4 bits
   bool is_fp8(const std::string& module) const;
+  bool is_imported(const std::string& module) const { return import_ && import_->holds(module); }
   std::vector<float> values(const std::string& name, std::uint64_t begin, std::uint64_t count,
                             int threads) const;
   std::vector<float> vector(const std::string& name) const;
@@ -54,6 +59,7 @@ class FolderWeights final : public WeightSource {
   formats::CheckpointReader reader_;
   formats::ModelConfig config_;
   std::optional<formats::QuantizationConfig> quantization_;
+  std::optional<Int4Weights> import_;  // quantised by another program
 };
 
 }  // namespace fireq::calib

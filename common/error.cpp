@@ -3,10 +3,7 @@
 #include <utility>
 
 namespace fireq {
-namespace {
 
-// Text from files ends up in one line on a terminal: control characters are shown as escapes, and a very long
-// piece is cut.
 std::string printable(const std::string& text) {
   constexpr std::size_t kLongest = 400;
   static const char* hex = "0123456789abcdef";
@@ -24,8 +21,6 @@ std::string printable(const std::string& text) {
   }
   return out;
 }
-
-}  // namespace
 
 Error::Error(ErrorKind kind, std::string message) : kind_(kind), message_(std::move(message)) {
   compose();

@@ -19,6 +19,10 @@ enum class ErrorKind : int {
   interrupted = 130
 };
 
+// Text that may come from a file, for one line on a terminal: control characters as escapes, and a very long
+// text cut.
+std::string printable(const std::string& text);
+
 // Build one with the fluent setters: throw Error(ErrorKind::input, "header is too
 // long").path(p).expected("..."). what() is the finished line: "path: tensor 'x': offset 8: message (expected
 // A, found B); hint".

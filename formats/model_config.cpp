@@ -107,9 +107,11 @@ void refuse_unsupported(const JsonFields& fields) {
   if (fields.find("quantization_config") != nullptr) {
     const JsonFields quantization = fields.object("quantization_config");
     const std::string method = quantization.text_or("quant_method", "");
-    if (method != "fireq") {
-      quantization.fail("quant_method", "says that this checkpoint is already quantised", R"("fireq")",
-                        "start from the original FP16, BF16 or FP32 checkpoint");
+    // Those of int4_scheme.hpp are dequantised as they are read.
+    if (method != "fireq" && method != "gptq" && method != "awq" && method != "compressed-tensors") {
+      quantization.fail("quant_method", "says that this checkpoint is already quantised",
+                        R"("fireq", "compressed-tensors", "gptq" or "awq")",
+                        "start from the original model, in FP16, BF16 or FP32");
     }
   }
 }

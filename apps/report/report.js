@@ -123,6 +123,7 @@
     const list = make("div", { class: "facts" });
     const fact = (label, value) => { if (value !== undefined && value !== null && value !== "") list.append(make("div", {}, make("span", {}, label), String(value))); };
     fact("Kind", { fireq: "FireQ checkpoint", model: "original checkpoint", statistics: "calibration statistics" }[doc.kind]);
+    if (doc.imported) fact("Quantised before", `by ${doc.imported.method}, 4 bits, ${doc.imported.group_size ? "groups of " + doc.imported.group_size : "one group a row"}`);
     fact("Made by", doc.tool_version && "fireq " + doc.tool_version);
     fact("Tensors", doc.bytes && bytes(doc.bytes));
     if (doc.reference_bytes) fact("Of the original", `${bytes(doc.reference_bytes)} (now ${percent(doc.bytes / doc.reference_bytes)})`);
@@ -231,6 +232,48 @@
       ["worst", "worst group"], ["product_rel_error", "product"]], rows, ["rel_error", true]);
   };
 
+  const PRECISIONS = { int4: "4 bits", fp8: "FP8", original: "as it was" };
+  const precisions = () => {
+    if (!doc.modules?.length) return;
+    const part = section("precisions", "How modules are stored",
+      "Bytes of each layer's weights with their scales, by precision; the embedding and a head of its own come first.");
+    const counts = Object.keys(PRECISIONS).map((p) => [p, doc.modules.filter((m) => m.precision === p)]).filter(([, list]) => list.length);
+    const total = doc.modules.reduce((sum, m) => sum + m.bytes, 0);
+    const list = make("div", { class: "facts" });
+    for (const [p, of] of counts) {
+      const size = of.reduce((sum, m) => sum + m.bytes, 0);
+      list.append(make("div", {}, make("span", {}, PRECISIONS[p]), `${number(of.length)} modules, ${bytes(size)} (${percent(size / total)})`));
+    }
+    part.append(list);
+    const places = unique(doc.modules.map((m) => m.layer)).sort((a, b) => (a ?? -1) - (b ?? -1));
+    const node = plotNode("bytes by layer and precision");
+    part.append(node);
+    plot(node, () => ({
+      traces: counts.map(([p, of]) => ({ type: "bar", name: PRECISIONS[p], x: places.map((l) => (l === null ? "outside" : "layer " + l)),
+        y: places.map((l) => of.filter((m) => m.layer === l).reduce((sum, m) => sum + m.bytes, 0)),
+        hovertemplate: "%{x}: %{y} bytes<extra>" + PRECISIONS[p] + "</extra>" })),
+      extra: { height: 340, barmode: "stack", xaxis: { type: "category" }, yaxis: { title: { text: "bytes" } } },
+    }));
+    table(part, "modules-table", [["layer", "layer"], ["name", "module"], ["precision", "stored in"], ["bytes", "bytes"]], doc.modules, ["bytes", true]);
+  };
+
+  const plan = () => {
+    if (!doc.plan?.units.length) return;
+    const part = section("plan", "What choosing measured",
+      `KL of each linear stored alone in 4 bits, and alone in FP8, on ${number(doc.plan.tokens)} tokens of calibration text, and what it was given. The whole plan: KL ${number(doc.plan.kl)}, ${bytes(doc.plan.bytes)}.`);
+    const rows = doc.plan.units.map((u) => ({ linears: u.linears.join(" "), precision: u.precision, kl_int4: u.kl.int4, kl_fp8: u.kl.fp8 ?? null,
+      bytes_int4: u.bytes.int4, bytes_fp8: u.bytes.fp8 ?? null, bytes_original: u.bytes.original }));
+    const sorted = [...rows].sort((x, y) => x.kl_int4 - y.kl_int4).slice(-40);
+    const node = plotNode("KL of each linear in 4 bits and in FP8");
+    part.append(node);
+    const bar = (key, name) => ({ type: "bar", orientation: "h", name, y: sorted.map((r) => r.linears), x: sorted.map((r) => r[key]), customdata: sorted.map((r) => PRECISIONS[r.precision] ?? r.precision),
+      hovertemplate: "%{y}: KL %{x:.3g}, stored: %{customdata}<extra>" + name + "</extra>" });
+    plot(node, () => ({ traces: [bar("kl_int4", "in 4 bits"), bar("kl_fp8", "in FP8")],
+      extra: { height: 140 + 22 * sorted.length, barmode: "group", title: { text: "The most sensitive" }, xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
+    table(part, "plan-table", [["linears", "linear"], ["precision", "stored in"], ["kl_int4", "KL in 4 bits"], ["kl_fp8", "KL in FP8"],
+      ["bytes_int4", "bytes in 4 bits"], ["bytes_fp8", "in FP8"], ["bytes_original", "as it was"]], rows, ["kl_int4", true]);
+  };
+
   const packed = () => {
     if (!doc.packed?.length) return;
     const part = section("groups", "Groups and scales",
@@ -276,7 +319,7 @@
   document.getElementById("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   document.getElementById("title").textContent = doc.target;
   document.getElementById("subtitle").textContent = doc.reference ? `compared with ${doc.reference}` : "FireQ report";
-  for (const draw of [facts, costs, sites, channels, weights, linears, packed]) draw();
+  for (const draw of [facts, costs, precisions, plan, sites, channels, weights, linears, packed]) draw();
   document.body.dataset.milliseconds = Math.round(performance.now());
   document.body.dataset.ready = "yes";
 })();

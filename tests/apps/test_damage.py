@@ -274,8 +274,10 @@ class Packed(TestCase):
                 path.write_text(keep)
 
     def test_other_quantisation_methods_are_refused_by_name(self):
+        edit_json(self.model / "config.json", lambda j: j["quantization_config"].__setitem__("quant_method", "bitsandbytes"))
+        refused("eval", self.model, *EVALUATE, code=INPUT, parts=["bitsandbytes", "gptq"])
         edit_json(self.model / "config.json", lambda j: j["quantization_config"].__setitem__("quant_method", "gptq"))
-        refused("eval", self.model, *EVALUATE, code=INPUT, parts=["gptq"])
+        refused("eval", self.model, *EVALUATE, code=INPUT, parts=["quantization_config.bits", "missing"])
 
     def test_shape_against_the_config(self):
         edit_json(self.model / "config.json", lambda j: j.__setitem__("intermediate_size", 300))

@@ -92,7 +92,7 @@ class Doctor(TestCase):
 
     def test_this_machine(self):
         report = fireq_json("doctor", cwd=self.tmp)
-        self.assertEqual({"version", "build", "cpu", "memory", "disk", "gpu", "libraries", "models", "verdicts"}, set(report))
+        self.assertEqual({"version", "build", "cpu", "memory", "disk", "gpu", "libraries", "models", "verdicts", "warnings", "warning_lines"}, set(report))
         version = fireq("--version").out
         self.assertIn(report["version"], version)
         for name, present in report["build"].items():

@@ -1,5 +1,8 @@
 """quantize --target-size on a trained model: what is added in size takes KL away, on other text, too."""
-from harness import STORIES_15M, TINY, TestCase, fireq_json, main, shards
+import os
+import subprocess
+
+from harness import STORIES_15M, TINY, TestCase, arguments, environment, fireq_json, main, parse_json, sanitized, shards
 
 TEXT = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 40000, "--samples", 8, "--length", 256)
 OTHER = ("--text", TINY, "--skip-chars", 50000, "--max-chars", 8000, "--ctx", 256)
@@ -19,6 +22,24 @@ class Plan(TestCase):
         for less, more in zip(kl, kl[1:]):
             self.assertLess(more[0], 0.7 * less[0])
             self.assertLess(more[1], 0.7 * less[1])
+
+    def test_memory_of_choosing(self):
+        """What --dry-run says is enough, and not many times what is used."""
+        goal = ("quantize", STORIES_15M, "-o", self.tmp / "out", "--preset", "rtn", "--target-size", "25MB", "--dry-run", *TEXT)
+        process = subprocess.Popen(arguments((*goal, "--json", self.tmp / "plan.json")), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(), text=True)
+        with process.stdout:
+            said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.assertEqual(0, process.returncode)
+        plan = parse_json(self.tmp / "plan.json")["plan"]
+        self.assertIn("choosing precisions: peak memory at most", said)
+        if not sanitized():
+            peak = usage.ru_maxrss * 1024
+            print(f"peak {peak / 1e6:.0f} MB of {plan['peak_memory'] / 1e6:.0f} MB", end=" ")
+            self.assertLess(peak, plan["peak_memory"])
+            self.assertLess(plan["peak_memory"], 3 * peak)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 
-from harness import CALIBRATE_260K, FIREQ, STORIES_260K, USAGE, TestCase, fireq, fireq_json, main, refused
+import export_models as em
+from harness import (CALIBRATE_260K, FIREQ, INPUT, STORIES_260K, USAGE, TestCase, edit_json, fireq, fireq_json, main, read_tensors,
+                     refused)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EXAMPLE = FIREQ.parent / "fireq_write_statistics_example"
@@ -114,6 +116,46 @@ class Report(TestCase):
                           "max_over_rms")
         self.expect_table(page, "packed-table", document["packed"], [(1, "name"), (6, "subnormal_scales"), (3, "largest_scale")],
                           "subnormal_without_row_scale")
+
+    def test_a_mixed_folder_and_its_plan(self):
+        """How modules are stored, against the folder's tensors; what the planner measured, against its own report."""
+        model, recipe, out = self.tmp / "random", self.tmp / "recipe.json", self.tmp / "mixed"
+        em.random_llama(model, 31, awkward=False)
+        recipe.write_text(json.dumps({"preset": "rtn", "embeddings": "fp8", "ignore": ["model.layers.1.mlp.up_proj"],
+                                      "overrides": [{"match": "*.0.*.v_proj", "precision": "fp8"}]}))
+        run = ("--recipe", recipe, "--tokens", em.random_tokens(self.tmp / "ids.u32", 32, 512, 384), "--samples", 4, "--length", 64)
+        least = fireq_json("quantize", model, "-o", out, *run, "--max-kl", 1000, "--dry-run")["bytes_after"]
+        made = fireq_json("quantize", model, "-o", out, *run, "--target-size", least + 200_000)
+        path, document, _ = self.report(out)
+        sizes, kinds = {}, {}
+        for name, (dtype, array) in read_tensors(out).items():
+            module, _, part = name.rpartition(".")
+            if not part.startswith("weight") or not ("proj" in module or module.endswith("embed_tokens")):
+                continue
+            sizes[module] = sizes.get(module, 0) + array.nbytes
+            kinds[module] = {"weight_codes": "int4", "weight": "fp8" if dtype == "F8_E4M3" else "original"}.get(part, kinds.get(module))
+        self.assertEqual({(n, kinds[n], sizes[n]) for n in kinds}, {(m["name"], m["precision"], m["bytes"]) for m in document["modules"]})
+        self.assertEqual({"int4", "fp8", "original"}, set(kinds.values()))
+        self.assertEqual(("fp8", "fp8", "original"), tuple(kinds[n] for n in (
+            "model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj")))
+        measured = {key: value for key, value in made["plan"].items() if key not in ("seconds", "result_kl")}
+        self.assertEqual(measured, document["plan"])
+        self.assertEqual(12, len(measured["units"]))
+        page = self.browse(path)
+        self.expect_table(page, "modules-table", document["modules"], [(1, "name"), (2, "precision"), (3, "bytes")], "bytes")
+        rows = [{"linears": " ".join(u["linears"]), "precision": u["precision"]} |
+                {f"{what}_{p}": u[what][p] for what, p in (("kl", "int4"), ("kl", "fp8"), ("bytes", "int4"), ("bytes", "fp8"), ("bytes", "original"))}
+                for u in measured["units"]]
+        self.expect_table(page, "plan-table", rows, [(0, "linears"), (1, "precision"), (2, "kl_int4"), (3, "kl_fp8"), (4, "bytes_int4"),
+                                                     (5, "bytes_fp8"), (6, "bytes_original")], "kl_int4")
+        shown = {cells[0]: cells[1] for cells in page.tables["plan-table"] if cells}
+        self.assertEqual({r["linears"]: r["precision"] for r in rows}, shown)
+        for change in (lambda p: p.pop("units"), lambda p: p["units"][3]["kl"].update(int4="x"), lambda p: p["units"][0].update(linears=[1]),
+                       lambda p: p.update(kl=None)):
+            keep = (out / "precision_plan.json").read_text()
+            edit_json(out / "precision_plan.json", change)
+            refused("inspect", out, code=INPUT, parts=["precision_plan.json", "key"])
+            (out / "precision_plan.json").write_text(keep)
 
     def test_a_model_and_a_statistics_file(self):
         path, document, _ = self.report(STORIES_260K)

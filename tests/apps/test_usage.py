@@ -221,6 +221,8 @@ class Output(TestCase):
                 result = fireq(*command, "--json", "-")
                 value = json.loads(result.out)
                 self.assertLessEqual(keys, set(value))
+                self.assertEqual(value["warnings"], len(value["warning_lines"]))
+                self.assertEqual(value["warnings"], result.err.count("fireq: warning: "))
                 # The same keys in a file, which appears whole.
                 path = self.tmp / "report.json"
                 again = [self.tmp / "other" if word == self.tmp / "out" else word for word in command]

@@ -77,6 +77,16 @@ void json_files(const Seeds& seeds, const stdfs::path& data) {
   config.source_fingerprint = std::string(32, 'a');
   config.tool_version = "0.1.0";
   seeds.put("quantization_config", "plain", make_config_json("{}", config));
+  const auto imported = [&](const char* name, const std::string& quantization) {
+    seeds.put("int4_scheme", name, R"({"quantization_config":)" + quantization + "}");
+  };
+  imported("gptq", R"({"quant_method":"gptq","bits":4,"group_size":128,"desc_act":true,"sym":false,)"
+                   R"("checkpoint_format":"gptq_v2","pack_dtype":"int32"})");
+  imported("awq", R"({"quant_method":"awq","bits":4,"group_size":-1,"zero_point":true,"version":"gemm"})");
+  imported("compressed",
+           R"({"quant_method":"compressed-tensors","format":"pack-quantized","config_groups":{"group_0":)"
+           R"({"targets":["Linear"],"weights":{"num_bits":4,"type":"int","symmetric":false,)"
+           R"("strategy":"group","group_size":64,"actorder":"group"}}},"sparsity_config":{}})");
   config.calibration_fingerprint = std::string(32, 'b');
   config.levels = {0, 0.25F, 1, 2, 3, 4, 5, 448};
   config.layout = WeightLayout::sm90;

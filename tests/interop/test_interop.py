@@ -13,14 +13,16 @@ import numpy as np
 import torch
 import transformers
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "apps"))
 
 import export_models as em  # noqa: E402
+import int4_models  # noqa: E402
 import oracle  # noqa: E402
-from harness import DATA, STORIES_15M, TINY, TestCase, fireq, fireq_json, main  # noqa: E402
+from harness import DATA, STORIES_15M, TINY, TestCase, edit_json, fireq, fireq_json, main  # noqa: E402
 
 SERVE = ("--format", "compressed-tensors")
 PLAIN = ("--format", "hf-dequantized")
@@ -135,6 +137,80 @@ class CompressedTensors(Interop):
         found = nll_per_token(loaded, ids, 256)
         print(f"nll {original:.4f}, packed {packed:.4f}, compressed-tensors {found:.4f}", end=" ")
         self.assertLess(abs(found - packed), 0.3 * (packed - original))
+
+
+class Import(Interop):
+    """4-bit folders that the package writes, or reads, mean to fireq what they mean to the package, bit for bit."""
+
+    def folders(self, name, fmt, parts_of):
+        """A quantised folder and one of the package's own FP32 values. parts_of(rows, cols) -> (parts, values)."""
+        model = self.shared / "plain"
+        if not model.exists():
+            em.random_llama(model, 90)
+        plain = load_file(model / "model.safetensors")
+        stored, values = {}, {}
+        for tensor, weight in plain.items():
+            module = tensor.removesuffix(".weight")
+            if not module.endswith(oracle.LINEARS):
+                stored[tensor] = values[tensor] = weight
+                continue
+            parts, values[tensor] = parts_of(*weight.shape)
+            stored |= {f"{module}.{part}": t.contiguous() for part, t in parts.items()}
+        quantised, dequantised = self.tmp / name, self.tmp / f"{name}-plain"
+        for folder, content in ((quantised, stored), (dequantised, values)):
+            folder.mkdir()
+            (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+            save_file(content, folder / "model.safetensors")
+        edit_json(quantised / "config.json", lambda c: c.update(quantization_config=fmt))
+        return quantised, dequantised
+
+    def check(self, quantised, dequantised):
+        report = fireq_json("diff", dequantised, quantised)
+        self.assertEqual(14, len(report["linears"]))
+        self.assertEqual([], [x["name"] for x in report["linears"] if not x["equal"]])
+
+    def test_written_by_compressed_tensors(self):
+        generator = torch.Generator().manual_seed(91)
+        for size in (32, 64, 128, None):
+            for symmetric in (True, False):
+                with self.subTest(size=size, symmetric=symmetric):
+                    arguments = {"num_bits": 4, "type": "int", "symmetric": symmetric, "group_size": size,
+                                 "strategy": "group" if size else "channel"}
+                    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
+                    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized",
+                                                quantization_status="compressed")
+
+                    def parts_of(rows, cols, scheme=scheme, size=size, symmetric=symmetric):
+                        groups = cols // size if size else 1
+                        state = {"weight": torch.randn(rows, cols, generator=generator) / cols**0.5,
+                                 "weight_scale": torch.rand(rows, groups, generator=generator) / cols**0.5 / 3 + 1e-3}
+                        if not symmetric:
+                            state["weight_zero_point"] = torch.randint(-8, 8, (rows, groups), generator=generator, dtype=torch.int8)
+                        state["weight_scale"] = state["weight_scale"].half()
+                        parts = PackedQuantizationCompressor.compress(state, scheme)
+                        # In FP32: the package rounds products to the type of the scale.
+                        wide = dict(parts, weight_scale=parts["weight_scale"].float(), weight_shape=torch.Size((rows, cols)))
+                        return parts, PackedQuantizationCompressor.decompress(wide, scheme)["weight"]
+
+                    self.check(*self.folders(f"c{size}{symmetric}", config.model_dump(mode="json"), parts_of))
+
+    def test_read_by_the_converter_of_autoawq_folders(self):
+        rng = np.random.default_rng(92)
+        for size in (32, 128):
+            with self.subTest(size=size):
+                fmt = int4_models.Format("awq", size, True, version="gemm")
+                converter = AutoAWQConverter.from_autoawq_config(fmt.config())
+                scheme = next(iter(converter.update_config(None).config_groups.values()))
+
+                def parts_of(rows, cols, fmt=fmt, converter=converter, scheme=scheme):
+                    stored, _ = fmt.store(rng, rows, cols)
+                    parts = {part: torch.from_numpy(array.copy()) for part, (_, array) in stored.items()}
+                    converted = converter.process({f"m.{part}": t.clone() for part, t in parts.items()})
+                    state = {part.removeprefix("m."): t for part, t in converted.items()}
+                    state |= {"weight_scale": state["weight_scale"].float(), "weight_shape": torch.Size((rows, cols))}
+                    return parts, PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+
+                self.check(*self.folders(f"awq{size}", fmt.config(), parts_of))
 
 
 class Transformers(Interop):
