@@ -15,7 +15,6 @@ namespace {
 
 constexpr std::uint64_t kRowBlock = 128;
 constexpr std::uint64_t kTile = 256;  // columns: a tile of logits stays in the second cache
-constexpr std::uint64_t kPartBytes = std::uint64_t{64} << 20U;
 
 // The first index of the largest value so far.
 struct Top {
@@ -125,8 +124,8 @@ Side make_side(OutputHead& head, std::span<const float> hidden, std::uint64_t ro
 
 }  // namespace
 
-std::uint64_t OutputHead::part_rows_for(std::uint64_t hidden) noexcept {
-  return std::max<std::uint64_t>(kTile, kPartBytes / (hidden * sizeof(float)) / kTile * kTile);
+std::uint64_t OutputHead::part_rows_for(std::uint64_t hidden, std::uint64_t bytes) noexcept {
+  return std::max<std::uint64_t>(kTile, bytes / (hidden * sizeof(float)) / kTile * kTile);
 }
 
 OutputHead::OutputHead(const WeightSource& source, bool keep, std::uint64_t part_rows, int threads)

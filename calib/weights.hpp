@@ -68,7 +68,9 @@ class WeightSource {
 
 // HF folder or FireQ folder, told apart by config.json. Checks every tensor's presence and shape against the
 // config first (fused qkv_proj / gate_up_proj tensors are understood).
-std::unique_ptr<WeightSource> open_weights(const std::string& folder);
+std::unique_ptr<WeightSource> open_weights(
+    const std::string& folder,
+    formats::CheckpointReader::Output output = formats::CheckpointReader::Output::finished);
 
 // The type in which an original checkpoint stores a linear (its own tensor or a fused one).
 Dtype linear_dtype(const formats::CheckpointReader& reader, std::uint64_t layer, std::size_t linear);
