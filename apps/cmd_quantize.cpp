@@ -94,10 +94,8 @@ void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::Q
     progress.warning("the recipe needs no calibration: the statistics are not used");
     options.statistics_path.reset();
   }
-  if (!needed && a.text.given()) {
-    progress.warning(a.no_measure
-                         ? "the recipe needs no calibration: the text is not used"
-                         : "the recipe needs no calibration: the text serves to measure the result only");
+  if (!needed && a.text.given() && a.no_measure) {
+    progress.warning("the recipe needs no calibration: the text is not used");
   }
   if (!a.text.given() || (!needed && a.no_measure)) return;
   const TokenizedText text = tokenize(a.text, a.model, source.config());
@@ -257,6 +255,10 @@ int run(const Arguments& a) {
   const auto source = calib::open_weights(a.model);
   obtain_text(a, *source, options, progress);
   const Report report(a.common);
+  std::optional<calib::TextFit> fit;
+  if (options.calibration && !a.dry_run) {
+    fit = check_text(a.text, *source, *options.calibration, a.common.threads, progress);
+  }
   std::optional<calib::PrecisionPlan> plan;
   if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
@@ -267,9 +269,6 @@ int run(const Arguments& a) {
   print_expected(report, expected, options.recipe);
   if (a.dry_run) return dry_run(report, *source, options, plan, expected_json(expected, options.recipe));
 
-  std::optional<calib::TextFit> fit;
-  if (options.calibration)
-    fit = check_text(a.text, *source, *options.calibration, a.common.threads, progress);
   const calib::QuantizeResult result = quantize(*source, options, progress);
   const double share =
       100.0 * static_cast<double>(result.bytes_after) / static_cast<double>(result.bytes_before);

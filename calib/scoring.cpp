@@ -4,11 +4,14 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "calib/simd.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "common/progress.hpp"
+#include "formats/checkpoint.hpp"
+#include "formats/fireq_folder.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -154,6 +157,11 @@ void OutputHead::load(std::uint64_t index, Panels& panels) {
     source_.head_rows(begin + first, values.size() / hidden_, values);
     panels.set_rows(first, values);
   });
+  if (!keep_) {  // or the mapped pages of the whole matrix would stay resident beside the part
+    for (const char* const module : {formats::kHeadModule, formats::kEmbeddingModule}) {
+      source_.reader().release(std::string(module) + ".weight");
+    }
+  }
   load_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
