@@ -92,8 +92,12 @@ TEST(QuantizationConfig, KeepsWhatTheFolderWasMeasuredToCost) {
                                    {"top1", 1}}) {
     json bad = with;
     bad["measured"][key] = value;
-    expect_parts(error_of([&] { parse(bad); }),
-                 {.message = std::string("quantization_config.measured.") + key, .path = "m/config.json"});
+    const std::optional<Error> error = error_of([&] { parse(bad); });
+    ASSERT_TRUE(error) << key;
+    EXPECT_EQ(error->kind(), ErrorKind::input);
+    EXPECT_NE(error->message().find(std::string("'quantization_config.measured.") + key + "'"),
+              std::string::npos)
+        << error->what();
   }
 }
 
