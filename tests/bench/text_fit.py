@@ -60,6 +60,7 @@ def main():
     ap.add_argument("--data", type=Path, required=True)
     ap.add_argument("--smollm2", type=Path)
     ap.add_argument("--text", nargs="+", default=[], metavar="NAME=FILE")
+    ap.add_argument("--only", help="name of one model")
     ap.add_argument("--samples", type=int, default=32)
     ap.add_argument("--length", type=int, default=256)
     ap.add_argument("--threads", type=int, default=0)
@@ -68,6 +69,8 @@ def main():
     models = {"stories260K": args.data / "models/stories260K", "stories15M": args.data / "models/stories15M"}
     if args.smollm2:
         models["SmolLM2-135M"] = args.smollm2
+    if args.only:
+        models = {args.only: models[args.only]}
     rows = {}
     with tempfile.TemporaryDirectory() as tmp:
         ids_file, report = Path(tmp) / "ids.u32", Path(tmp) / "report.json"
