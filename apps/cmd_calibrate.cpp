@@ -3,6 +3,7 @@
 #include <chrono>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "apps/commands.hpp"
 #include "calib/evaluate.hpp"
@@ -21,7 +22,8 @@ struct Arguments {
   bool force = false;
 };
 
-formats::CalibrationStatistics collect(const Arguments& a, ConsoleProgress& progress) {
+formats::CalibrationStatistics collect(const Arguments& a, std::optional<calib::TextFit>& fit,
+                                       ConsoleProgress& progress) {
   if (!a.text.given()) throw Error(ErrorKind::usage, "no text given").hint("use --text FILE");
   const auto source = calib::open_weights(a.model);
   if (source->packed()) {
@@ -31,6 +33,7 @@ formats::CalibrationStatistics collect(const Arguments& a, ConsoleProgress& prog
   const TokenizedText text = tokenize(a.text, a.model, source->config());
   const calib::Windows windows =
       calibration_windows(a.text, text, a.calibration, source->config().context, progress);
+  fit = check_text(a.text, *source, windows, a.common.threads, progress);
   formats::CalibrationStatistics statistics = calib::calibrate(*source, windows, a.common.threads, progress);
   statistics.meta.model_fingerprint = source->reader().fingerprint(a.common.threads);
   statistics.meta.text_fingerprint = calib::fingerprint_of_windows(windows);
@@ -61,7 +64,9 @@ int run(const Arguments& a) {
   }
   ConsoleProgress progress(a.common.quiet);
   const auto begin = std::chrono::steady_clock::now();
-  const formats::CalibrationStatistics statistics = a.merge.empty() ? collect(a, progress) : merge(a.merge);
+  std::optional<calib::TextFit> fit;
+  const formats::CalibrationStatistics statistics =
+      a.merge.empty() ? collect(a, fit, progress) : merge(a.merge);
   formats::write_statistics(formats::real_file_system(), a.out, statistics);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   const Report report(a.common, progress);
@@ -73,6 +78,7 @@ int run(const Arguments& a) {
                {"windows", statistics.meta.windows},
                {"model_fingerprint", statistics.meta.model_fingerprint},
                {"text_fingerprint", statistics.meta.text_fingerprint},
+               {"text", fit ? text_json(*fit) : nlohmann::json(nullptr)},
                {"seconds", seconds}});
   return 0;
 }

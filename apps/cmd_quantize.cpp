@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "apps/commands.hpp"
+#include "apps/cost_report.hpp"
 #include "apps/precision_plan.hpp"
 #include "calib/plan.hpp"
 #include "calib/quantize_job.hpp"
@@ -16,19 +17,24 @@ namespace {
 
 struct Arguments {
   CommonOptions common;
-  std::string model, out, preset = "fast", recipe_file, levels, target, stats, layout = "row",
-                          shard_size = "5GB";
+  std::string model, out, preset, recipe_file, levels, target, stats, layout = "row", shard_size = "5GB";
   TextArguments text;
   CalibrationArguments calibration;
   std::vector<std::string> ignore;
   std::string target_size;
   std::optional<double> max_kl;
-  bool resume = false, restart = false, force = false, dry_run = false;
+  bool resume = false, restart = false, force = false, dry_run = false, no_measure = false;
 };
+
+// Text serves the best preset; statistics alone serve `fast`.
+std::string preset_of(const Arguments& a) {
+  if (!a.preset.empty()) return a.preset;
+  return a.text.given() ? "best" : "fast";
+}
 
 calib::Recipe levels_recipe(const Arguments& a) {
   const calib::Target target = a.target == "vllm" ? calib::Target::vllm : calib::Target::fireq;
-  calib::Recipe recipe = a.recipe_file.empty() ? calib::preset_recipe(a.preset, target)
+  calib::Recipe recipe = a.recipe_file.empty() ? calib::preset_recipe(preset_of(a), target)
                                                : calib::parse_recipe(formats::read_text_file(a.recipe_file),
                                                                      a.recipe_file, target);
   if (!a.target.empty() && recipe.target != target) {
@@ -85,15 +91,36 @@ void obtain_text(const Arguments& a, const calib::WeightSource& source, calib::Q
     throw Error(ErrorKind::usage, "preset '" + options.recipe.preset + "' needs calibration text")
         .hint("give --text FILE or --stats FILE, or use --preset rtn");
   }
-  if (!needed && (a.text.given() || !a.stats.empty())) {
-    progress.warning("the recipe needs no calibration: text and statistics are not used");
+  if (!needed && !a.stats.empty()) {
+    progress.warning("the recipe needs no calibration: the statistics are not used");
     options.statistics_path.reset();
-    return;
   }
-  if (!needed || !a.stats.empty()) return;
+  if (!needed && a.text.given() && a.no_measure) {
+    progress.warning("the recipe needs no calibration: the text is not used");
+  }
+  if (!a.text.given() || (!needed && a.no_measure)) return;
   const TokenizedText text = tokenize(a.text, a.model, source.config());
-  options.calibration = calibration_windows(a.text, text, a.calibration, source.config().context, progress);
+  const std::uint64_t context = source.config().context;
+  calib::Windows windows;
+  if (a.no_measure) {
+    windows = calibration_windows(a.text, text, a.calibration, context, progress);
+  } else {
+    calib::SplitWindows split = split_calibration_windows(a.text, text, a.calibration, context, progress);
+    windows = std::move(split.calibration);
+    if (split.held_back.count > 0) options.held_back = std::move(split.held_back);
+  }
+  if (!needed) return;
+  options.calibration = std::move(windows);
   options.seed = a.calibration.seed;
+}
+
+// Why nothing will be measured; empty when something will.
+std::string unmeasured(const Arguments& a, const calib::QuantizeOptions& options) {
+  if (options.held_back) return {};
+  if (a.no_measure) return "--no-measure";
+  if (!a.text.given()) return "no text was given";
+  return "the text is too short to hold a window back: give more of it, or ask for shorter windows "
+         "(--length)";
 }
 
 nlohmann::json plan_json(const calib::QuantizePlan& plan) {
@@ -118,7 +145,7 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
 }
 
 int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
-            const std::optional<calib::PrecisionPlan>& chosen) {
+            const std::optional<calib::PrecisionPlan>& chosen, const nlohmann::json& expected) {
   const calib::QuantizePlan plan = calib::plan_quantization(source, options);
   for (const auto& l : plan.linears) {
     report.line(fmt::format("{:<44} {:>6} x {:<6} {:<8} {:>10} -> {}", l.name, l.rows, l.cols,
@@ -146,6 +173,7 @@ int dry_run(const Report& report, const calib::WeightSource& source, const calib
     out["plan"]["seconds"] = chosen->seconds;
     out["plan"]["peak_memory"] = chosen->memory;
   }
+  out["expected"] = expected;
   out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
   report.json(out);
   return 0;
@@ -200,6 +228,10 @@ int run(const Arguments& a) {
   }
   obtain_text(a, *source, options, progress);
   const Report report(a.common, progress);
+  std::optional<calib::TextFit> fit;
+  if (options.calibration && !a.dry_run) {
+    fit = check_text(a.text, *source, *options.calibration, a.common.threads, progress);
+  }
   std::optional<calib::PrecisionPlan> plan;
   if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
@@ -207,7 +239,9 @@ int run(const Arguments& a) {
     options.side_files.emplace_back(kPrecisionPlanFile, precision_plan_json(*plan).dump(2) + "\n");
     print_plan(report, *plan);
   }
-  if (a.dry_run) return dry_run(report, *source, options, plan);
+  const std::optional<ExpectedCost> expected = expected_cost(options.recipe);
+  print_expected(report, expected, options.recipe);
+  if (a.dry_run) return dry_run(report, *source, options, plan, expected_json(expected, options.recipe));
 
   const calib::QuantizeResult result = quantize(*source, options, progress);
   const double share =
@@ -233,6 +267,8 @@ int run(const Arguments& a) {
     chosen["seconds"] = plan->seconds;
     chosen["result_kl"] = result_kl(a, *source, *plan, report, progress);
   }
+  const std::string why_not = unmeasured(a, options);
+  print_measured(report, result, why_not);
   report.json({{"out", a.out},
                {"plan", chosen},
                {"linears", result.linears},
@@ -247,6 +283,11 @@ int run(const Arguments& a) {
                {"saturated_groups", result.saturated_groups},
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
+               {"expected", expected_json(expected, options.recipe)},
+               {"measured", measured_json(result)},
+               {"not_measured", result.measured ? nlohmann::json(nullptr) : nlohmann::json(why_not)},
+               {"text", fit ? text_json(*fit) : nlohmann::json(nullptr)},
+               {"warnings", progress.warnings()},
                {"recipe", nlohmann::json::parse(calib::recipe_to_json(options.recipe))}});
   return 0;
 }
@@ -258,9 +299,9 @@ void add_quantize(CLI::App& app, Runner& runner) {
   CLI::App* cmd = app.add_subcommand("quantize", "Turn a Hugging Face checkpoint into a FireQ folder");
   cmd->add_option("model", a->model, "Hugging Face folder (config.json, safetensors, tokenizer)")->required();
   cmd->add_option("-o,--out", a->out, "Folder to write; it appears whole, at the end")->required();
-  auto* preset = cmd->add_option("--preset", a->preset, "rtn (no text), paper, fast, or best")
-                     ->check(CLI::IsMember({"rtn", "paper", "fast", "best"}))
-                     ->capture_default_str();
+  auto* preset = cmd->add_option("--preset", a->preset,
+                                 "rtn (no text), paper, fast, or best; default: best with --text, else fast")
+                     ->check(CLI::IsMember({"rtn", "paper", "fast", "best"}));
   cmd->add_option("--recipe", a->recipe_file, "Recipe as JSON (docs/recipes.md)")
       ->type_name("FILE")
       ->excludes(preset);
@@ -280,6 +321,8 @@ void add_quantize(CLI::App& app, Runner& runner) {
   add_text_options(*cmd, a->text);
   add_calibration_options(*cmd, a->calibration);
   cmd->add_option("--stats", a->stats, "Statistics of fireq calibrate instead of text")->type_name("FILE");
+  cmd->add_flag("--no-measure", a->no_measure,
+                "Do not measure what the result costs, and hold no text back for it");
   cmd->add_flag("--resume", a->resume, "Continue a run that was stopped");
   cmd->add_flag("--restart", a->restart, "Throw a stopped run away and start again");
   cmd->add_flag("--force", a->force, "Replace an existing output");
@@ -293,6 +336,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
   cmd->footer(
       "Examples:\n"
       "  fireq quantize Llama-3.2-1B -o Llama-3.2-1B-fireq --text calibration.txt\n"
+      "  fireq quantize model -o out --preset fast --text t.txt        (seconds instead of minutes)\n"
       "  fireq quantize model -o out --preset rtn\n"
       "  fireq quantize model -o out --preset paper --text corpus/ --samples 128 --length 2048 --seed 1\n"
       "  fireq quantize model -o out --for vllm --text t.txt\n"

@@ -12,6 +12,7 @@
 
 #include "apps/console.hpp"
 #include "calib/dataset.hpp"
+#include "calib/measured_cost.hpp"
 #include "formats/model_config.hpp"
 #include "formats/tokenizer.hpp"
 
@@ -73,6 +74,16 @@ calib::Windows evaluation_windows(const TextArguments& arguments, const Tokenize
 calib::Windows calibration_windows(const TextArguments& arguments, const TokenizedText& text,
                                    const CalibrationArguments& calibration, std::uint64_t context,
                                    Progress& progress);
+
+// With the windows that are held back to measure on.
+calib::SplitWindows split_calibration_windows(const TextArguments& arguments, const TokenizedText& text,
+                                              const CalibrationArguments& calibration, std::uint64_t context,
+                                              Progress& progress);
+// Warns where the text is not in the model's language.
+calib::TextFit check_text(const TextArguments& arguments, const calib::WeightSource& model,
+                          const calib::Windows& windows, int threads, Progress& progress);
+
+nlohmann::json text_json(const calib::TextFit& fit);
 
 std::uint64_t parse_size(const std::string& text);  // "5GB", "512MiB", "1000000"
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "apps/commands.hpp"
@@ -13,13 +14,21 @@ namespace {
 
 // Calls `cut` and adds the text's name to what it throws about it.
 template <typename Cut>
-calib::Windows named_windows(const TextArguments& arguments, const Cut& cut) {
+auto named_windows(const TextArguments& arguments, const Cut& cut) {
   try {
     return cut();
   } catch (Error& e) {
     if (e.kind() == ErrorKind::input) e.path_if_unset(arguments.name());
     throw;
   }
+}
+
+std::uint64_t window_length(const CalibrationArguments& calibration, std::uint64_t context,
+                            Progress& progress) {
+  if (calibration.length <= context) return calibration.length;
+  progress.warning(
+      fmt::format("--length {} is over the model's context, {} is used", calibration.length, context));
+  return context;
 }
 
 }  // namespace
@@ -143,16 +152,38 @@ calib::Windows evaluation_windows(const TextArguments& arguments, const Tokenize
 calib::Windows calibration_windows(const TextArguments& arguments, const TokenizedText& text,
                                    const CalibrationArguments& calibration, std::uint64_t context,
                                    Progress& progress) {
-  std::uint64_t length = calibration.length;
-  if (length > context) {
-    length = context;
-    progress.warning(
-        fmt::format("--length {} is over the model's context, {} is used", calibration.length, length));
-  }
+  const std::uint64_t length = window_length(calibration, context, progress);
   return named_windows(arguments, [&] {
     return calib::make_calibration_windows(text.ids, length, calibration.samples, calibration.seed,
                                            resolve_bos(calibration.bos, text), text.bos_id, progress);
   });
+}
+
+calib::SplitWindows split_calibration_windows(const TextArguments& arguments, const TokenizedText& text,
+                                              const CalibrationArguments& calibration, std::uint64_t context,
+                                              Progress& progress) {
+  const std::uint64_t length = window_length(calibration, context, progress);
+  return named_windows(arguments, [&] {
+    return calib::split_calibration_windows(text.ids, length, calibration.samples, calibration.seed,
+                                            resolve_bos(calibration.bos, text), text.bos_id, progress);
+  });
+}
+
+calib::TextFit check_text(const TextArguments& arguments, const calib::WeightSource& model,
+                          const calib::Windows& windows, int threads, Progress& progress) {
+  const calib::TextFit fit = calib::text_fit(model, windows, threads, progress);
+  if (fit.unlike()) {
+    progress.warning(
+        fmt::format("{} looks unlike the model's language: its nll of {:.2f} per token (perplexity "
+                    "{:.0f}) is not below {:.2f}, what the frequencies of the text's own tokens give; "
+                    "calibrate on text that the model will read",
+                    arguments.name(), fit.nll, std::exp(fit.nll), fit.unigram));
+  }
+  return fit;
+}
+
+nlohmann::json text_json(const calib::TextFit& fit) {
+  return {{"nll", fit.nll}, {"unigram", fit.unigram}, {"tokens", fit.tokens}, {"unlike", fit.unlike()}};
 }
 
 std::uint64_t parse_size(const std::string& text) {

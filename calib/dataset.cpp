@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <span>
 
 #include "common/error.hpp"
 #include "formats/file_system.hpp"
@@ -19,6 +20,10 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::uint64_t kLargestText = std::uint64_t{4} << 30U;
+// Of split_calibration_windows: tokens, one of so many windows, windows.
+constexpr std::uint64_t kLargestHeldBack = 4096;
+constexpr std::uint64_t kHeldBackShare = 16;
+constexpr std::uint64_t kFewestToHoldBackFrom = 8;
 
 std::string read_jsonl(const std::string& path, const std::string& field) {
   const std::string raw = formats::read_text_file(path, kLargestText);
@@ -156,6 +161,45 @@ void require_one_window(const Windows& windows, std::uint64_t tokens, Bos bos) {
                             " tokens (--ctx to evaluate, --length to calibrate)"));
 }
 
+Windows cut_for_calibration(const std::vector<std::int32_t>& tokens, std::uint64_t length,
+                            std::uint64_t samples, Bos bos, std::optional<std::int32_t> bos_id,
+                            Progress& progress) {
+  if (samples == 0) throw Error(ErrorKind::usage, "--samples must be at least 1");
+  Windows all = cut(tokens, length, bos, bos_id);
+  require_one_window(all, tokens.size(), bos);
+  if (all.count < samples) {
+    progress.warning("calibration text gives " + std::to_string(all.count) + " windows of " +
+                     std::to_string(length) + " tokens, fewer than the " + std::to_string(samples) +
+                     " asked for");
+  }
+  return all;
+}
+
+// `samples` of `count` windows, or all, in text order.
+std::vector<std::uint64_t> draw(std::uint64_t count, std::uint64_t samples, std::uint64_t seed) {
+  std::vector<std::uint64_t> order(count);
+  std::iota(order.begin(), order.end(), std::uint64_t{0});
+  if (count <= samples) return order;
+  // Partial Fisher-Yates, then text order.
+  Draw random(seed);
+  for (std::uint64_t i = 0; i < samples; ++i) std::swap(order[i], order[i + random.below(count - i)]);
+  order.resize(samples);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+// The first `length` tokens of some windows.
+Windows select(const Windows& all, std::span<const std::uint64_t> which, std::uint64_t length) {
+  Windows chosen;
+  chosen.length = length;
+  chosen.count = which.size();
+  for (const std::uint64_t w : which) {
+    const auto first = all.ids.begin() + static_cast<std::ptrdiff_t>(w * all.length);
+    chosen.ids.insert(chosen.ids.end(), first, first + static_cast<std::ptrdiff_t>(length));
+  }
+  return chosen;
+}
+
 }  // namespace
 
 std::string load_text(const TextOptions& options) {
@@ -220,32 +264,33 @@ Windows make_evaluation_windows(const std::vector<std::int32_t>& tokens, std::ui
 Windows make_calibration_windows(const std::vector<std::int32_t>& tokens, std::uint64_t length,
                                  std::uint64_t samples, std::uint64_t seed, Bos bos,
                                  std::optional<std::int32_t> bos_id, Progress& progress) {
-  if (samples == 0) throw Error(ErrorKind::usage, "--samples must be at least 1");
-  Windows all = cut(tokens, length, bos, bos_id);
-  require_one_window(all, tokens.size(), bos);
-  if (all.count <= samples) {
-    if (all.count < samples) {
-      progress.warning("calibration text gives " + std::to_string(all.count) + " windows of " +
-                       std::to_string(length) + " tokens, fewer than the " + std::to_string(samples) +
-                       " asked for");
+  const Windows all = cut_for_calibration(tokens, length, samples, bos, bos_id, progress);
+  return select(all, draw(all.count, samples, seed), length);
+}
+
+SplitWindows split_calibration_windows(const std::vector<std::int32_t>& tokens, std::uint64_t length,
+                                       std::uint64_t samples, std::uint64_t seed, Bos bos,
+                                       std::optional<std::int32_t> bos_id, Progress& progress) {
+  const Windows all = cut_for_calibration(tokens, length, samples, bos, bos_id, progress);
+  std::vector<std::uint64_t> drawn = draw(all.count, samples, seed);
+  std::vector<std::uint64_t> rest;
+  for (std::uint64_t w = 0, next = 0; w < all.count; ++w) {
+    if (next < drawn.size() && drawn[next] == w) {
+      ++next;
+    } else {
+      rest.push_back(w);
     }
-    return all;
   }
-  // Partial Fisher-Yates, then text order.
-  std::vector<std::uint64_t> order(all.count);
-  std::iota(order.begin(), order.end(), std::uint64_t{0});
-  Draw draw(seed);
-  for (std::uint64_t i = 0; i < samples; ++i) std::swap(order[i], order[i + draw.below(all.count - i)]);
-  order.resize(samples);
-  std::sort(order.begin(), order.end());
-  Windows chosen;
-  chosen.length = length;
-  chosen.count = samples;
-  for (const std::uint64_t w : order) {
-    const auto first = all.ids.begin() + static_cast<std::ptrdiff_t>(w * length);
-    chosen.ids.insert(chosen.ids.end(), first, first + static_cast<std::ptrdiff_t>(length));
+  const std::uint64_t most = std::max<std::uint64_t>(1, kLargestHeldBack / length);
+  const std::uint64_t wanted = std::clamp<std::uint64_t>(drawn.size() / kHeldBackShare, 1, most);
+  if (rest.empty() && drawn.size() >= kFewestToHoldBackFrom) {
+    const auto kept = drawn.end() - static_cast<std::ptrdiff_t>(wanted);
+    rest.assign(kept, drawn.end());
+    drawn.erase(kept, drawn.end());
+  } else if (rest.size() > wanted) {
+    rest.erase(rest.begin(), rest.end() - static_cast<std::ptrdiff_t>(wanted));
   }
-  return chosen;
+  return {select(all, drawn, length), select(all, rest, std::min(length, kLargestHeldBack))};
 }
 
 std::string fingerprint_of_windows(const Windows& windows) {

@@ -41,6 +41,16 @@ Windows make_evaluation_windows(const std::vector<std::int32_t>& tokens, std::ui
 Windows make_calibration_windows(const std::vector<std::int32_t>& tokens, std::uint64_t length,
                                  std::uint64_t samples, std::uint64_t seed, Bos bos,
                                  std::optional<std::int32_t> bos_id, Progress& progress);
+struct SplitWindows {
+  Windows calibration, held_back;
+};
+// make_calibration_windows, and windows that are not among them, to measure the result on: a sixteenth as
+// many, at least 1, at most 4,096 tokens (a longer window is cut). They are the last that were not drawn.
+// Where all are drawn they are the last of the text, and calibration goes without them; of fewer than 8
+// windows none is taken, and held_back is empty.
+SplitWindows split_calibration_windows(const std::vector<std::int32_t>& tokens, std::uint64_t length,
+                                       std::uint64_t samples, std::uint64_t seed, Bos bos,
+                                       std::optional<std::int32_t> bos_id, Progress& progress);
 std::string fingerprint_of_windows(const Windows& windows);  // xxHash3-128 hex
 
 }  // namespace fireq::calib

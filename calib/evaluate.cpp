@@ -19,6 +19,7 @@ namespace {
 constexpr std::uint64_t kResidentBytes = std::uint64_t{1} << 30U;
 // Activations of one chunk of windows.
 constexpr std::uint64_t kResidentChunkTokens = 8192;
+constexpr std::uint64_t kSmallHeadBytes = std::uint64_t{8} << 20U;
 constexpr std::uint64_t kStreamedChunkBytes = std::uint64_t{256} << 20U;
 
 // Bytes of a token that live from one layer to the next, or through one layer.
@@ -113,11 +114,12 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
     widest = std::max(widest, reference->config().hidden);
     layers += reference->config().layers;
   }
-  const bool keep = bytes <= kResidentBytes;
+  const bool keep = !options.stream && bytes <= kResidentBytes;
   const std::uint64_t chunk_tokens = keep ? kResidentChunkTokens : kStreamedChunkBytes / per_token;
   const std::uint64_t chunk = std::max<std::uint64_t>(1, chunk_tokens / windows.length);
 
-  const std::uint64_t part_rows = OutputHead::part_rows_for(widest);
+  const std::uint64_t part_rows =
+      OutputHead::part_rows_for(widest, options.stream ? kSmallHeadBytes : OutputHead::kPartBytes);
   Model subject(model, options.precision, options.threads, keep, part_rows, options.backend);
   std::unique_ptr<Model> other;
   if (reference != nullptr) {
@@ -131,7 +133,7 @@ EvaluationResult evaluate(const WeightSource& model, const Windows& windows, con
   double kl_max = 0;
   std::uint64_t same = 0;
   std::uint64_t done = 0;
-  progress.begin("evaluate", windows.count * layers);
+  progress.begin(options.stage, windows.count * layers);
   const double loaded_before = loading();
   const auto start = std::chrono::steady_clock::now();
   const std::clock_t cpu_start = std::clock();

@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "calib/dataset.hpp"
@@ -36,6 +37,8 @@ struct EvaluationOptions {
   LinearBackend* backend = nullptr;
   const WeightSource* reference = nullptr;  // run in FP32
   Precision reference_precision;
+  bool stream = false;  // a layer at a time and little of the head, however small the models are
+  std::string_view stage = "evaluate";  // its name in the progress
 };
 
 // Perplexity over windows, each scoring its last length - 1 tokens. Models whose FP32 weights (with the

@@ -1,6 +1,8 @@
 #include "calib/model_card.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <nlohmann/json.hpp>
 
 namespace fireq::calib {
@@ -9,6 +11,12 @@ namespace {
 std::string megabytes(std::uint64_t bytes) {
   const std::uint64_t tenths = (bytes + 50'000) / 100'000;
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MB";
+}
+
+std::string with_error(double value, double error) {
+  std::array<char, 64> text{};
+  std::snprintf(text.data(), text.size(), "%.4f +- %.4f", value, error);
+  return text.data();
 }
 
 }  // namespace
@@ -41,6 +49,11 @@ std::string model_card(const formats::ModelConfig& model, const QuantizePlan& pl
   row("KV cache", q.kv_cache ? "INT4" : "not calibrated for INT4");
   row("layout of the codes", q.layout == formats::WeightLayout::row ? "row" : "sm90");
   if (q.calibration_tokens > 0) row("calibrated on", std::to_string(q.calibration_tokens) + " tokens");
+  if (q.measured) {
+    row("nll per token on " + std::to_string(q.measured->tokens) + " tokens held back from calibration",
+        with_error(q.measured->delta_nll, q.measured->delta_nll_stderr) + " over the original's; KL to it " +
+            with_error(q.measured->kl, q.measured->kl_stderr));
+  }
   if (!q.source_fingerprint.empty())
     row("fingerprint of the original's tensors", "`" + q.source_fingerprint + "`");
   if (!q.calibration_fingerprint.empty())

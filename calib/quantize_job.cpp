@@ -10,6 +10,7 @@
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "calib/linear_quantizer.hpp"
+#include "calib/measured_cost.hpp"
 #include "calib/model_card.hpp"
 #include "calib/packed_tensors.hpp"
 #include "calib/plain_tensors.hpp"
@@ -80,6 +81,8 @@ class Job {
   QuantizedLayer quantize_in_streams(std::uint64_t layer, const LayerWeights& weights);
   void replay_layer(FireqWriter& writer, std::uint64_t layer);
   std::array<std::string, 3> fingerprints();
+  formats::QuantizationConfig quantization_config() const;
+  void publish(FireqWriter& writer, const QuantizePlan& plan, const std::vector<std::string>& units);
 
   const WeightSource& source_;
   const QuantizeOptions& options_;
@@ -347,6 +350,59 @@ void Job::stage_rest(FireqWriter& writer) {
   for (const std::string& name : used) reader_.release(name);
 }
 
+formats::QuantizationConfig Job::quantization_config() const {
+  formats::QuantizationConfig quantization;
+  const libquant::Levels& levels = options_.recipe.weights.levels;
+  quantization.levels_int4 = levels.is_int4();
+  quantization.levels = levels.magnitude;
+  quantization.row_scale_per_row = options_.recipe.weights.row_scale == RowScale::row;
+  quantization.layout = options_.layout;
+  quantization.kv_cache = options_.recipe.kv_cache;
+  quantization.ignore = modules_.ignored();
+  quantization.fp8 = modules_.fp8();
+  quantization.recipe_json = recipe_to_json(options_.recipe);
+  quantization.source_fingerprint = model_fingerprint_;
+  if (statistics_) {
+    quantization.calibration_fingerprint = statistics_->meta.text_fingerprint;
+    quantization.calibration_tokens = statistics_->meta.tokens;
+    quantization.calibration_seed = statistics_->meta.seed;
+  } else if (options_.recipe.needs_text()) {
+    quantization.calibration_fingerprint = text_fingerprint_;
+    quantization.calibration_tokens = options_.calibration->ids.size();
+    quantization.calibration_seed = options_.seed;
+  }
+  quantization.tool_version = options_.tool_version;
+  return quantization;
+}
+
+// The folder as it will be, except for its cost, is measured before it appears.
+void Job::publish(FireqWriter& writer, const QuantizePlan& plan, const std::vector<std::string>& units) {
+  formats::QuantizationConfig quantization = quantization_config();
+  const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
+  const auto write_card = [&] {
+    formats::write_file_atomically(fs_, writer.side_file("README.md"),
+                                   model_card(config_, plan, options_.recipe, quantization));
+    return formats::make_config_json(source_config, quantization);
+  };
+  FireqWriter::Revise revise;
+  if (options_.held_back) {
+    revise = [&](const std::string& folder) {
+      const auto begin = std::chrono::steady_clock::now();
+      const auto packed = open_weights(folder, formats::CheckpointReader::Output::being_written);
+      quantization.measured =
+          measure_cost(*packed, source_, *options_.held_back, options_.threads, progress_);
+      result_.measured = quantization.measured;
+      result_.measuring_seconds =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+      return write_card();
+    };
+  }
+  for (const auto& [name, text] : options_.side_files) {
+    formats::write_file_atomically(fs_, writer.side_file(name), text);
+  }
+  writer.publish(units, write_card(), options_.shard_size, revise);
+}
+
 QuantizeResult Job::run() {
   const auto begin = std::chrono::steady_clock::now();
   if (source_.packed()) {
@@ -383,34 +439,8 @@ QuantizeResult Job::run() {
   check_interrupt();
   stage_rest(writer);
 
-  formats::QuantizationConfig quantization;
-  const libquant::Levels& levels = options_.recipe.weights.levels;
-  quantization.levels_int4 = levels.is_int4();
-  quantization.levels = levels.magnitude;
-  quantization.row_scale_per_row = options_.recipe.weights.row_scale == RowScale::row;
-  quantization.layout = options_.layout;
-  quantization.kv_cache = options_.recipe.kv_cache;
-  quantization.ignore = modules_.ignored();
-  quantization.fp8 = modules_.fp8();
-  quantization.recipe_json = recipe_to_json(options_.recipe);
-  quantization.source_fingerprint = model_fingerprint_;
-  if (statistics_) {
-    quantization.calibration_fingerprint = statistics_->meta.text_fingerprint;
-    quantization.calibration_tokens = statistics_->meta.tokens;
-    quantization.calibration_seed = statistics_->meta.seed;
-  } else if (options_.recipe.needs_text()) {
-    quantization.calibration_fingerprint = text_fingerprint_;
-    quantization.calibration_tokens = options_.calibration->ids.size();
-    quantization.calibration_seed = options_.seed;
-  }
-  quantization.tool_version = options_.tool_version;
-  formats::write_file_atomically(fs_, writer.side_file("README.md"),
-                                 model_card(config_, plan, options_.recipe, quantization));
-  for (const auto& [name, text] : options_.side_files) {
-    formats::write_file_atomically(fs_, writer.side_file(name), text);
-  }
-  const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
-  writer.publish(units, formats::make_config_json(source_config, quantization), options_.shard_size);
+  streams_.reset();
+  publish(writer, plan, units);
 
   result_.bytes_before = plan.bytes_before;
   result_.bytes_after = plan.bytes_after;

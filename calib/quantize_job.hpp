@@ -25,6 +25,8 @@ struct QuantizeOptions {
   std::optional<std::string> statistics_path;
   // Statistics that were collected on `calibration` in this run already, their meta filled in.
   std::optional<formats::CalibrationStatistics> statistics;
+  // Not calibrated on: what the finished folder costs is measured on them before it appears.
+  std::optional<Windows> held_back;
   std::uint64_t seed = 0;  // recorded: the draw of the windows
   formats::FireqWriter::Mode mode = formats::FireqWriter::Mode::fresh;
   bool force = false;
@@ -77,7 +79,8 @@ struct QuantizeResult {
   std::uint64_t clamped = 0, zero_channels = 0;
   std::uint64_t saturated_groups = 0;  // with a weight that the per-tensor scale cut off
   std::uint64_t dead_channels = 0;     // inputs that were always zero on the calibration text
-  double seconds = 0, calibration_seconds = 0;
+  std::optional<formats::MeasuredCost> measured;
+  double seconds = 0, calibration_seconds = 0, measuring_seconds = 0;
 };
 
 // Throws Error; after an interrupt or a crash, mode `resume` continues at the first layer that is not done

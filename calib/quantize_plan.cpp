@@ -5,6 +5,7 @@
 
 #include "calib/folding.hpp"
 #include "calib/int4_weights.hpp"
+#include "calib/measured_cost.hpp"
 #include "calib/modules.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
@@ -139,6 +140,10 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
   plan.largest_layer_fp32 = memory.largest_layer_fp32;
   plan.calibration_bytes = memory.calibration_bytes;
   plan.peak_memory = memory.peak;
+  if (options.held_back) {
+    plan.peak_memory = std::max(plan.peak_memory, 2 * memory.largest_layer_fp32 + kFixedMemory +
+                                                      measured_cost_bytes(config, *options.held_back));
+  }
   return plan;
 }
 

@@ -5,19 +5,21 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <string>
 #include <utility>
 
 #include "calib/simd.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "common/progress.hpp"
+#include "formats/checkpoint.hpp"
+#include "formats/fireq_folder.hpp"
 
 namespace fireq::calib {
 namespace {
 
 constexpr std::uint64_t kRowBlock = 128;
 constexpr std::uint64_t kTile = 256;  // columns: a tile of logits stays in the second cache
-constexpr std::uint64_t kPartBytes = std::uint64_t{64} << 20U;
 
 // The first index of the largest value so far.
 struct Top {
@@ -144,8 +146,8 @@ Side make_side(OutputHead& head, std::span<const float> hidden, std::uint64_t ro
 
 }  // namespace
 
-std::uint64_t OutputHead::part_rows_for(std::uint64_t hidden) noexcept {
-  return std::max<std::uint64_t>(kTile, kPartBytes / (hidden * sizeof(float)) / kTile * kTile);
+std::uint64_t OutputHead::part_rows_for(std::uint64_t hidden, std::uint64_t bytes) noexcept {
+  return std::max<std::uint64_t>(kTile, bytes / (hidden * sizeof(float)) / kTile * kTile);
 }
 
 OutputHead::OutputHead(const WeightSource& source, bool keep, std::uint64_t part_rows, int threads)
@@ -174,6 +176,11 @@ void OutputHead::load(std::uint64_t index, Panels& panels) {
     source_.head_rows(begin + first, values.size() / hidden_, values);
     panels.set_rows(first, values);
   });
+  if (!keep_) {  // or the mapped pages of the whole matrix would stay resident beside the part
+    for (const char* const module : {formats::kHeadModule, formats::kEmbeddingModule}) {
+      source_.reader().release(std::string(module) + ".weight");
+    }
+  }
   load_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 

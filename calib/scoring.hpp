@@ -15,10 +15,11 @@ namespace fireq::calib {
 // The output head with the final norm: its matrix kept in panels, or read in parts each time.
 class OutputHead {
  public:
+  static constexpr std::uint64_t kPartBytes = std::uint64_t{64} << 20U;
   // keep: hold the whole matrix in memory ([vocab, hidden] FP32), else one part of at most 64 MiB. Heads that
   // are compared need the same part_rows (part_rows_for the wider of them).
   OutputHead(const WeightSource& source, bool keep, std::uint64_t part_rows, int threads);
-  static std::uint64_t part_rows_for(std::uint64_t hidden) noexcept;
+  static std::uint64_t part_rows_for(std::uint64_t hidden, std::uint64_t bytes = kPartBytes) noexcept;
 
   std::uint64_t vocab() const noexcept { return vocab_; }
   std::uint64_t hidden() const noexcept { return hidden_; }

@@ -96,8 +96,8 @@ void tensor_to_float(const TensorView& view, std::uint64_t begin_element, std::s
   }
 }
 
-FolderWeights::FolderWeights(const std::string& folder)
-    : reader_(folder), config_(formats::read_model_config(folder)) {
+FolderWeights::FolderWeights(const std::string& folder, formats::CheckpointReader::Output output)
+    : reader_(folder, output), config_(formats::read_model_config(folder)) {
   if (formats::is_fireq_folder(folder)) {
     quantization_ = formats::read_quantization_config(folder);
     formats::check_fireq_tensors(reader_, config_, *quantization_);
@@ -332,8 +332,9 @@ LayerWeights WeightSource::load_unquantized(std::uint64_t /*layer*/, int /*threa
   throw Error(ErrorKind::internal, "these weights are not packed");
 }
 
-std::unique_ptr<WeightSource> open_weights(const std::string& folder) {
-  return std::make_unique<FolderWeights>(folder);
+std::unique_ptr<WeightSource> open_weights(const std::string& folder,
+                                           formats::CheckpointReader::Output output) {
+  return std::make_unique<FolderWeights>(folder, output);
 }
 
 }  // namespace fireq::calib

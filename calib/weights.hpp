@@ -73,7 +73,9 @@ class WeightSource {
 // config.json; the third kind acts as an original whose weights are the dequantised ones. Checks every
 // tensor's presence and shape against the config first (fused qkv_proj / gate_up_proj tensors are
 // understood).
-std::unique_ptr<WeightSource> open_weights(const std::string& folder);
+std::unique_ptr<WeightSource> open_weights(
+    const std::string& folder,
+    formats::CheckpointReader::Output output = formats::CheckpointReader::Output::finished);
 
 // The type in which an original checkpoint stores a linear (its own tensor or a fused one), or its scales
 // where another program quantised it.

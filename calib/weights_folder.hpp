@@ -12,7 +12,7 @@ namespace fireq::calib {
 
 class FolderWeights final : public WeightSource {
  public:
-  explicit FolderWeights(const std::string& folder);
+  FolderWeights(const std::string& folder, formats::CheckpointReader::Output output);
 
   const formats::ModelConfig& config() const noexcept override { return config_; }
   const formats::CheckpointReader& reader() const noexcept override { return reader_; }

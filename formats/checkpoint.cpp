@@ -191,7 +191,8 @@ void CheckpointReader::Impl::open_indexed(const Listing& listing) {
   }
 }
 
-CheckpointReader::CheckpointReader(const std::string& folder) : impl_(std::make_unique<Impl>()) {
+CheckpointReader::CheckpointReader(const std::string& folder, Output output)
+    : impl_(std::make_unique<Impl>()) {
   impl_->folder = folder;
   while (impl_->folder.size() > 1 && impl_->folder.ends_with('/')) impl_->folder.pop_back();
   std::error_code code;
@@ -200,7 +201,7 @@ CheckpointReader::CheckpointReader(const std::string& folder) : impl_(std::make_
         .path(folder)
         .hint("name the folder that holds config.json and the *.safetensors files");
   }
-  refuse_partial(impl_->folder);
+  if (output == Output::finished) refuse_partial(impl_->folder);
   const Listing listing = list_folder(impl_->folder);
   if (listing.index) {
     impl_->open_indexed(listing);

@@ -24,7 +24,9 @@ class CheckpointReader {
   // half-downloaded file, no half-written FireQ output. Throws Error(input), or Error(usage) when the folder
   // does not exist. Links are followed when they stay in the folder, or when they are those of a Hugging Face
   // cache (snapshots/REVISION/FILE -> blobs/HASH).
-  explicit CheckpointReader(const std::string& folder);
+  // being_written: half-written outputs are let through, for a run that reads its own before it appears.
+  enum class Output : std::uint8_t { finished, being_written };
+  explicit CheckpointReader(const std::string& folder, Output output = Output::finished);
   ~CheckpointReader();
   CheckpointReader(CheckpointReader&&) noexcept;
   CheckpointReader& operator=(CheckpointReader&&) noexcept;

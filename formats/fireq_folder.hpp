@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -27,6 +28,14 @@ enum class ModulePrecision : std::uint8_t { int4, fp8, original };
 inline constexpr const char* kEmbeddingModule = "model.embed_tokens";
 inline constexpr const char* kHeadModule = "lm_head";
 
+// On text that a folder was not calibrated on, with everything on that it asks for: its nll per token, how
+// much that is over the original's, and KL(original || folder), in nats, with standard errors of the means
+// over tokens.
+struct MeasuredCost {
+  std::uint64_t tokens = 0;
+  double nll = 0, delta_nll = 0, delta_nll_stderr = 0, kl = 0, kl_stderr = 0;
+};
+
 // quantization_config of a FireQ folder.
 struct QuantizationConfig {
   std::uint64_t group_size = 128;
@@ -42,6 +51,7 @@ struct QuantizationConfig {
   std::string calibration_fingerprint;  // empty without calibration
   std::uint64_t calibration_tokens = 0;
   std::uint64_t calibration_seed = 0;
+  std::optional<MeasuredCost> measured;
   std::string tool_version;
 };
 
@@ -117,9 +127,11 @@ class FireqWriter {
   // published when this was called (again) in the run that publishes.
   std::string side_file(const std::string& name);
   // Copies tokenizer files, generation_config.json, chat templates, licence files byte for byte; writes
-  // config.json; shards; index; rename.
+  // config.json; shards; index; rename. `revise`, when given, gets the path of the finished folder before the
+  // rename, and what it returns becomes its config.json.
+  using Revise = std::function<std::string(const std::string& folder)>;
   void publish(const std::vector<std::string>& units_in_order, const std::string& config_json,
-               std::uint64_t shard_size);
+               std::uint64_t shard_size, const Revise& revise = {});
 
  private:
   struct Impl;

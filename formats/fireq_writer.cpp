@@ -307,7 +307,7 @@ void FireqWriter::Impl::remove_leftovers() {
 }
 
 void FireqWriter::publish(const std::vector<std::string>& units_in_order, const std::string& config_json,
-                          std::uint64_t shard_size) {
+                          std::uint64_t shard_size, const Revise& revise) {
   if (shard_size == 0) throw Error(ErrorKind::usage, "the shard size is 0").hint("use --shard-size 5GB");
   Impl& impl = *impl_;
   impl.remove_leftovers();
@@ -328,6 +328,7 @@ void FireqWriter::publish(const std::vector<std::string>& units_in_order, const 
   if (shards.size() > 1) impl.write_file("model.safetensors.index.json", index.dump(2) + "\n");
   impl.write_file("config.json", config_json);
   impl.staged.clear();
+  if (revise) impl.write_file("config.json", revise(impl.folder.files()));
   impl.folder.swap_in();
 }
 

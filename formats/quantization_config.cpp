@@ -109,6 +109,25 @@ std::optional<std::string> config_text(const std::string& folder, bool required)
   return read_text_inside_folder(folder, "config.json", kLargestConfig);
 }
 
+MeasuredCost read_measured(const JsonFields& fields) {
+  refuse_unknown(fields, {"tokens", "nll", "delta_nll", "delta_nll_stderr", "kl", "kl_stderr"});
+  const auto number = [&](const char* key) {
+    const json* const value = fields.find(key);
+    if (value == nullptr || !value->is_number() || !std::isfinite(value->get<double>())) {
+      fields.fail(key, "is no number", "a finite number");
+    }
+    return value->get<double>();
+  };
+  MeasuredCost out;
+  out.tokens = fields.count("tokens", 1, kLargestNumber);
+  out.nll = number("nll");
+  out.delta_nll = number("delta_nll");
+  out.delta_nll_stderr = number("delta_nll_stderr");
+  out.kl = number("kl");
+  out.kl_stderr = number("kl_stderr");
+  return out;
+}
+
 }  // namespace
 
 ModulePrecision module_precision(const QuantizationConfig& quantization, std::string_view module) {
@@ -129,9 +148,9 @@ QuantizationConfig parse_quantization_config(std::string_view config_json,
     fields.fail("format_version", "is unknown", std::to_string(kFormatVersion),
                 "the folder was made by another version of this program");
   }
-  refuse_unknown(fields,
-                 {"quant_method", "format_version", "levels", "group_size", "row_scale", "layout", "kv_cache",
-                  "activations", "ignore", "fp8", "recipe", "source", "calibration", "tool_version"});
+  refuse_unknown(fields, {"quant_method", "format_version", "levels", "group_size", "row_scale", "layout",
+                          "kv_cache", "activations", "ignore", "fp8", "recipe", "source", "calibration",
+                          "measured", "tool_version"});
   QuantizationConfig out;
   out.group_size = kGroupSize;
   read_levels(fields, out);
@@ -164,6 +183,7 @@ QuantizationConfig parse_quantization_config(std::string_view config_json,
     if (seed == nullptr || !seed->is_number_unsigned()) calibration.fail("seed", "is no number", "0 or more");
     out.calibration_seed = seed->get<std::uint64_t>();
   }
+  if (fields.find("measured") != nullptr) out.measured = read_measured(fields.object("measured"));
   out.tool_version = fields.text("tool_version");
   return out;
 }
@@ -207,6 +227,14 @@ std::string make_config_json(const std::string& source_config_json, const Quanti
   q["recipe"] = parse_json(quantization.recipe_json, "recipe");
   q["source"] = {{"fingerprint", quantization.source_fingerprint}};
   q["calibration"] = std::move(calibration);
+  if (const std::optional<MeasuredCost>& m = quantization.measured) {
+    q["measured"] = {{"tokens", m->tokens},
+                     {"nll", m->nll},
+                     {"delta_nll", m->delta_nll},
+                     {"delta_nll_stderr", m->delta_nll_stderr},
+                     {"kl", m->kl},
+                     {"kl_stderr", m->kl_stderr}};
+  }
   q["tool_version"] = quantization.tool_version;
   std::string text = root.dump(2) + "\n";
   parse_quantization_config(text, "config.json");  // what is written can be read

@@ -56,6 +56,8 @@ class Docs(TestCase):
                     line += " --force"  # a page shows several ways to the same OUT
                     if "--resume" not in words:
                         line += " --restart"
+                    if "--text" in words and "--samples" not in words:
+                        line += " --samples 2"  # the best preset, the default with text, takes its time
                 if words[1] == "export":
                     shutil.rmtree(self.tmp / words[words.index("-o") + 1], ignore_errors=True)
                 if words[1] == "inspect" and words[2].endswith(".h5") and not (self.tmp / words[2]).exists():

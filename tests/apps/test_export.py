@@ -147,7 +147,7 @@ class CompressedTensors(Export):
         """A real model, of which only the MLP has multiples of 128."""
         model = em.padded_stories(self.tmp / "model")
         source = self.tmp / "packed"
-        fireq("quantize", model, "-o", source, "--for", "vllm", "--text", TINY, "--skip-chars", 300000, "--max-chars",
+        fireq("quantize", model, "-o", source, "--preset", "fast", "--for", "vllm", "--text", TINY, "--skip-chars", 300000, "--max-chars",
               20000, "--samples", 4, "--length", 128, "--quiet")
         out = self.tmp / "out"
         result = fireq("export", source, "-o", out, *SERVE)

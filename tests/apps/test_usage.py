@@ -114,7 +114,7 @@ class Usage(TestCase):
         short.write_text("Once upon a time there was a cat.")
         for command, option in ((("eval", STORIES_260K, "--ctx", 128), "--ctx"),
                                 (("calibrate", STORIES_260K, "--length", 128, "-o", self.tmp / "x.h5"), "--length"),
-                                (("quantize", STORIES_260K, "--length", 128, "-o", self.tmp / "out"), "--length")):
+                                (("quantize", STORIES_260K, "--preset", "fast", "--length", 128, "-o", self.tmp / "out"), "--length")):
             for bos in ("head", "window", "none"):
                 with self.subTest(command=command[0], bos=bos):
                     line = refused(*command, "--text", short, "--bos", bos, "--quiet", code=INPUT,

@@ -96,7 +96,7 @@ class Runner:
         recipe_file.write_text(json.dumps(recipe))
         folder = self.work / "packed"
         text = model[calibration] if recipe["preset"] != "rtn" else []
-        result = self("quantize", model["path"], "-o", folder, "--recipe", recipe_file, "--force", "--restart", *text)
+        result = self("quantize", model["path"], "-o", folder, "--recipe", recipe_file, "--force", "--restart", "--no-measure", *text)
         return folder, result
 
 

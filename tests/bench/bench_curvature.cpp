@@ -112,7 +112,7 @@ void measure(std::uint64_t rows, std::uint64_t cols, std::uint64_t tokens, int t
       round_stage.time([&] { return quantize_with_curvature(w, factor, {}, threads, q); });
   fmt::print("{:>6} x {:<6}", rows, cols);
   for (const Stage& s : {sums_stage, target_stage, factor_stage, round_stage})
-    fmt::print("  {:7.2f} {:7.2f}", s.wall, s.processor);
+    fmt::print("  {:7.3f} {:7.3f}", s.wall, s.processor);
   fmt::print("  {:.3f}  {:.3f}\n", std::sqrt(error.greedy / error.reference),
              std::sqrt(error.final / error.reference));
   std::fflush(stdout);

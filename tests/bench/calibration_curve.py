@@ -2,7 +2,7 @@
 """How much calibration text a recipe wants: accuracy against the number of calibration tokens, in domain and out of it.
 
 Quantises a model with growing numbers of windows, evaluates the packed folders, and prints a Markdown table
-(docs/results.md holds a run). In-domain text is what accuracy_table.py calibrates on, longer; "mixed" draws half of the
+(docs/recipes.md holds a run). In-domain text is what accuracy_table.py calibrates on, longer; "mixed" draws half of the
 windows' text from each.
 
     calibration_curve.py --fireq build/release/bin/fireq --data build/data --model stories15M [--preset best]
@@ -35,6 +35,7 @@ def main():
     ap.add_argument("--preset", default="best")
     ap.add_argument("--length", type=int, default=256)
     ap.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072])
+    ap.add_argument("--domain", choices=["in domain", "Grimm", "mixed"], nargs="+", default=["in domain", "Grimm", "mixed"])
     ap.add_argument("--threads", type=int, default=0)
     args = ap.parse_args()
     model = next(m for m in models(args.data, args.smollm2) if m["name"] == args.model)
@@ -44,10 +45,10 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         run = Runner(args.fireq, tmp, args.threads)
         print("| text | tokens | seconds | " + " | ".join(p for p, _ in PARTS) + " |\n" + "|---" * (3 + len(PARTS)) + "|")
-        for domain, sources in domains.items():
+        for domain in args.domain:
             for tokens in args.tokens:
                 text = Path(tmp) / "text.txt"
-                write_text(text, sources, tokens)
+                write_text(text, domains[domain], tokens)
                 model["curve"] = ["--text", text, "--samples", max(1, tokens // args.length), "--length", args.length]
                 folder, q = run.quantize(model, {"preset": args.preset}, "curve")
                 cells = row(run, model, folder, PARTS)

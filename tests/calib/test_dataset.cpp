@@ -171,6 +171,61 @@ TEST(Windows, FewerThanAskedForGivesAllAndWarns) {
   EXPECT_THAT(progress.lines[0], HasSubstr("3 windows"));
 }
 
+std::vector<std::vector<std::int32_t>> cut_up(const Windows& windows) {
+  std::vector<std::vector<std::int32_t>> out;
+  for (std::uint64_t w = 0; w < windows.count; ++w) {
+    const auto begin = windows.ids.begin() + static_cast<std::ptrdiff_t>(w * windows.length);
+    out.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(windows.length));
+  }
+  return out;
+}
+
+// count windows of the text, samples asked for -> windows calibrated on, held back.
+TEST(Windows, SomeAreHeldBackFromCalibration) {
+  struct Case {
+    std::uint64_t count, samples, length, calibrated, held_back, held_length;
+  };
+  const std::vector<Case> cases{
+      {50, 10, 16, 10, 1, 16},     {50, 40, 16, 40, 2, 16},   {50, 49, 16, 49, 1, 16},
+      {50, 50, 16, 47, 3, 16},     {50, 90, 16, 47, 3, 16},   {8, 8, 16, 7, 1, 16},
+      {7, 8, 16, 7, 0, 16},        {8, 7, 16, 7, 1, 16},      {600, 300, 256, 300, 16, 256},
+      {70, 64, 3000, 64, 1, 3000}, {12, 9, 5000, 9, 1, 4096}, {9, 9, 5000, 8, 1, 4096}};
+  Progress silent;
+  for (const Case& c : cases) {
+    SCOPED_TRACE(std::to_string(c.count) + " windows, " + std::to_string(c.samples) + " samples of " +
+                 std::to_string(c.length));
+    const auto ids = counting(c.count * c.length + c.length / 2);
+    for (const std::uint64_t seed : {0U, 7U}) {
+      const SplitWindows split =
+          split_calibration_windows(ids, c.length, c.samples, seed, Bos::none, {}, silent);
+      EXPECT_EQ(split.calibration.count, c.calibrated);
+      EXPECT_EQ(split.held_back.count, c.held_back);
+      EXPECT_EQ(split.held_back.length, c.held_length);
+      std::set<std::int32_t> seen;
+      for (const auto& window : cut_up(split.calibration)) seen.insert(window.front());
+      const auto drawn =
+          cut_up(make_calibration_windows(ids, c.length, c.samples, seed, Bos::none, {}, silent));
+      if (c.samples < c.count) {
+        EXPECT_EQ(cut_up(split.calibration), drawn);
+      }
+      // The last windows that calibration does not see, in order.
+      std::vector<std::int32_t> rest;
+      for (std::uint64_t w = 0; w < c.count; ++w) {
+        const std::int32_t first = ids[w * c.length];
+        if (!seen.contains(first)) rest.push_back(first);
+      }
+      ASSERT_GE(rest.size(), c.held_back);
+      rest.erase(rest.begin(), rest.end() - static_cast<std::ptrdiff_t>(c.held_back));
+      std::vector<std::int32_t> held;
+      for (const auto& window : cut_up(split.held_back)) {
+        held.push_back(window.front());
+        EXPECT_EQ(window.back(), window.front() + static_cast<std::int32_t>(c.held_length) - 1);
+      }
+      EXPECT_EQ(held, rest);
+    }
+  }
+}
+
 TEST(Windows, FingerprintSeesOrderLengthAndIds) {
   Windows a{counting(32), 2, 16};
   Windows b{counting(32), 4, 8};

@@ -74,6 +74,33 @@ TEST(QuantizationConfig, ReadsEveryField) {
   EXPECT_TRUE(parse(other).levels_int4);
 }
 
+TEST(QuantizationConfig, KeepsWhatTheFolderWasMeasuredToCost) {
+  json with = quantization();
+  EXPECT_FALSE(parse(with).measured);
+  with["measured"] = {{"tokens", 1020}, {"nll", 2.4},    {"delta_nll", -0.01}, {"delta_nll_stderr", 0.002},
+                      {"kl", 0.04},     {"kl_stderr", 1}};
+  const QuantizationConfig q = parse(with);
+  ASSERT_TRUE(q.measured);
+  EXPECT_EQ(q.measured->tokens, 1020U);
+  EXPECT_EQ(q.measured->delta_nll, -0.01);
+  EXPECT_EQ(q.measured->kl_stderr, 1);
+  EXPECT_EQ(json::parse(make_config_json("{}", q))["quantization_config"], with);
+  for (const auto& [key, value] : {std::pair<const char*, json>{"tokens", 0},
+                                   {"tokens", 2.5},
+                                   {"kl", "0.04"},
+                                   {"nll", nullptr},
+                                   {"top1", 1}}) {
+    json bad = with;
+    bad["measured"][key] = value;
+    const std::optional<Error> error = error_of([&] { parse(bad); });
+    ASSERT_TRUE(error) << key;
+    EXPECT_EQ(error->kind(), ErrorKind::input);
+    EXPECT_NE(error->message().find(std::string("'quantization_config.measured.") + key + "'"),
+              std::string::npos)
+        << error->what();
+  }
+}
+
 TEST(QuantizationConfig, WrittenIsWhatIsRead) {
   QuantizationConfig q = parse(quantization());
   q.levels = {0, 0.1F, 1, 2, 3, 4, 5, 6};
