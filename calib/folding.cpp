@@ -7,6 +7,7 @@
 
 #include "calib/key_folds.hpp"
 #include "common/error.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/smoothing.hpp"
 
 namespace fireq::calib {
@@ -131,6 +132,30 @@ std::vector<float> value_powers(const ModelConfig& config, std::span<const float
   return divide_by;
 }
 
+// What the errors of a value's channels cost together: o_proj's columns of all query heads of its group.
+std::vector<float> value_roundings(const ModelConfig& config, const LayerWeights& w) {
+  const std::uint64_t d = config.head_dim;
+  const std::uint64_t group = config.heads / config.kv_heads;
+  const LinearWeights& o = w.linear[kO];
+  std::vector<float> out;
+  for (std::uint64_t g = 0; g < config.kv_heads; ++g) {
+    std::vector<double> moment(d * d, 0.0);
+    for (std::uint64_t row = 0; row < o.rows; ++row) {
+      for (std::uint64_t r = 0; r < group; ++r) {
+        const float* x = o.weight.data() + row * o.cols + (g * group + r) * d;
+        for (std::uint64_t i = 0; i < d; ++i) {
+          for (std::uint64_t j = 0; j < d; ++j) {
+            moment[i * d + j] += static_cast<double>(x[i]) * static_cast<double>(x[j]);
+          }
+        }
+      }
+    }
+    const std::vector<float> of_head = lq::kv_rounding(moment, d);
+    out.insert(out.end(), of_head.begin(), of_head.end());
+  }
+  return out;
+}
+
 }  // namespace
 
 FoldReport planned_changes(const ModelConfig& config, const Recipe& recipe) {
@@ -177,11 +202,12 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   report.input_mean_square[kUp] = report.input_mean_square[kGate];
   report.input_mean_square[kDown] = mean_square(statistics, Site::down_in);
 
-  if (recipe.key_n || recipe.key_s || recipe.key_centre) {
+  if (recipe.key_n || recipe.key_s || recipe.key_centre || recipe.keys_together) {
     KeyFolds keys = key_folds(recipe, *statistics, config.kv_heads, config.head_dim, config.qk_norm);
     if (recipe.key_n) fold_keys(config, keys.n, w);
     if (recipe.key_s) w.k_post_rope_scale = std::move(keys.s);
     if (recipe.key_centre) w.k_post_rope_shift = std::move(keys.shift);
+    w.k_rounding = std::move(keys.rounding);
   }
 
   std::vector<float> lambda1;
@@ -200,6 +226,7 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   }
 
   if (recipe.value_rotation) rotate_value_heads(config, w, report);
+  if (recipe.values_together) w.v_rounding = value_roundings(config, w);
 
   if (recipe.lambda2) {
     const std::array<lq::ConstMatrixRef, 2> readers{matrix(std::as_const(w.linear[kGate])),

@@ -16,6 +16,8 @@
 #include "calib/two_streams.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
+#include "libquant/kv_rounding.hpp"
+#include "libquant/number_formats.hpp"
 #include "libquant/packing.hpp"
 
 namespace fireq::calib {
@@ -40,6 +42,14 @@ std::string layer_prefix(std::uint64_t layer) {
 
 StagedTensor owned_f32(std::string name, const std::vector<float>& values, std::vector<std::uint64_t> shape) {
   return owned_tensor(std::move(name), Dtype::f32, std::move(shape), to_bytes(values));
+}
+
+// Values that BF16 holds.
+StagedTensor owned_bf16(std::string name, const std::vector<float>& values,
+                        std::vector<std::uint64_t> shape) {
+  std::vector<std::uint16_t> half(values.size());
+  libquant::encode_bf16(values, half);
+  return owned_tensor(std::move(name), Dtype::bf16, std::move(shape), to_bytes(half));
 }
 
 StagedTensor copied(const TensorView& view) {
@@ -310,6 +320,15 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   if (options_.recipe.key_centre) {
     tensors.push_back(owned_f32(prefix + "self_attn.k_post_rope_shift", weights->k_post_rope_shift,
                                 {config_.kv_heads, config_.head_dim}));
+  }
+  const std::uint64_t triangle = libquant::kv_rounding_size(config_.head_dim);
+  if (options_.recipe.keys_together) {
+    tensors.push_back(
+        owned_bf16(prefix + "self_attn.k_rounding", weights->k_rounding, {config_.kv_heads, triangle}));
+  }
+  if (options_.recipe.values_together) {
+    tensors.push_back(
+        owned_bf16(prefix + "self_attn.v_rounding", weights->v_rounding, {config_.kv_heads, triangle}));
   }
   sort_by_name(tensors);
   writer.stage(unit, tensors);

@@ -326,6 +326,7 @@ const std::vector<Field>& fields() {
         flag("keys", "s", &Recipe::key_s),
         choice("keys", "factors", kKeyFactors, &Recipe::key_factors),
         flag("keys", "centre", &Recipe::key_centre),
+        flag("keys", "together", &Recipe::keys_together),
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
@@ -333,6 +334,7 @@ const std::vector<Field>& fields() {
         count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
         flag("values", "rotate", &Recipe::value_rotation),
+        flag("values", "together", &Recipe::values_together),
         flag("", "kv_cache", &Recipe::kv_cache),
         choice("", kTargetKey, kTargets, &Recipe::target),
     };
@@ -411,6 +413,7 @@ void set_target(Recipe& r, Target target) {
   r.train_levels = false;
   r.weights.row_scale = RowScale::row;
   r.key_n = r.key_s = r.key_centre = false;
+  r.keys_together = r.values_together = false;
   r.value_power_of_two = r.stream_kv = false;
   r.kv_cache = false;
 }
@@ -437,6 +440,7 @@ Recipe preset_for_fireq(const std::string& name) {
       r.key_n_exponent = r.key_s_exponent = 0.75;
       r.key_centre = true;
       r.value_rotation = true;
+      r.keys_together = r.values_together = true;
     }
     return r;
   }

@@ -64,6 +64,9 @@ struct Recipe {
   std::uint64_t key_top_k = 0;  // 0: max(1, round(head_dim/16))
   // A power of two per KV head in W_v and W_o that keeps sigma_V normal.
   bool value_power_of_two = false;
+  // Codes of a key, or of a value, in the cache are chosen together (libquant/kv_rounding.hpp).
+  bool keys_together = false;
+  bool values_together = false;
   bool value_rotation = false;  // values spread over their head's channels, in W_v and W_o
   bool kv_cache = true;         // the folder asks for the INT4 cache
   // Modules. Overrides are applied in order, then `ignore`, which leaves modules in the source's own type.
@@ -74,7 +77,8 @@ struct Recipe {
   formats::ModulePrecision head = formats::ModulePrecision::original;
 
   bool needs_statistics() const noexcept {
-    return weighted_search || override_needs_statistics || key_n || key_s || key_centre || value_power_of_two;
+    return weighted_search || override_needs_statistics || key_n || key_s || key_centre || keys_together ||
+           value_power_of_two;
   }
   bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };
