@@ -407,7 +407,8 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
 
 ModuleChoice TwoStreams::chosen(const Layer& work, std::size_t linear) const {
   if (modules_ != nullptr) return modules_->linear(work.index, linear);
-  return {ModulePrecision::int4, recipe_.weights, recipe_.weighted_search, recipe_.train_levels};
+  return {ModulePrecision::int4, recipe_.weights, recipe_.weighted_search, recipe_.keep_means,
+          recipe_.train_levels};
 }
 
 ModulePrecision TwoStreams::precision(const Layer& work, std::size_t linear) const {
