@@ -71,15 +71,16 @@ std::size_t histogram_bin(float x) noexcept {
       std::clamp(field - 127 + 17, 0, static_cast<int>(formats::kHistogramBins) - 1));
 }
 
-StatisticsCollector::StatisticsCollector(formats::LayerStatistics& statistics, std::uint64_t head_dim,
-                                         int threads)
-    : statistics_(statistics), head_dim_(head_dim), threads_(threads) {}
+StatisticsCollector::StatisticsCollector(formats::LayerStatistics& statistics, std::uint64_t kv_heads,
+                                         std::uint64_t head_dim, int threads)
+    : statistics_(statistics), kv_heads_(kv_heads), head_dim_(head_dim), threads_(threads) {}
 
 void StatisticsCollector::observe(formats::Site site, std::span<const float> values, std::uint64_t rows,
                                   std::uint64_t channels) {
   if (values.size() != rows * channels) throw Error(ErrorKind::internal, "activations of another size");
   add_moments(statistics_.site(site), values, rows, channels);
   if (site == formats::Site::k_pre_rope) add_pair_radius(values, rows, channels);
+  if (site == formats::Site::q) add_query_products(values, rows, channels);
 }
 
 void StatisticsCollector::add_moments(formats::SiteStatistics& site, std::span<const float> values,
@@ -101,6 +102,27 @@ void StatisticsCollector::add_moments(formats::SiteStatistics& site, std::span<c
     for (std::size_t bin = 0; bin < histogram.size(); ++bin) site.histogram[bin] += histogram[bin];
   }
   site.count += rows;
+}
+
+void StatisticsCollector::add_query_products(std::span<const float> queries, std::uint64_t rows,
+                                             std::uint64_t channels) const {
+  const std::uint64_t d = head_dim_;
+  const std::uint64_t group = channels / d / kv_heads_;
+  statistics_.q_products.resize(kv_heads_ * d * d);
+  parallel_for(kv_heads_, threads_, [&](std::size_t g) {
+    double* const sums = statistics_.q_products.data() + g * d * d;
+    std::vector<double> q(d);
+    for (std::uint64_t i = 0; i < rows * group; ++i) {
+      const float* const from = queries.data() + i / group * channels + (g * group + i % group) * d;
+      std::copy_n(from, d, q.begin());
+      for (std::uint64_t r = 0; r < d; ++r) {
+        for (std::uint64_t c = r; c < d; ++c) sums[r * d + c] += q[r] * q[c];
+      }
+    }
+    for (std::uint64_t r = 0; r < d; ++r) {
+      for (std::uint64_t c = 0; c < r; ++c) sums[r * d + c] = sums[c * d + r];
+    }
+  });
 }
 
 void StatisticsCollector::add_pair_radius(std::span<const float> keys, std::uint64_t rows,
@@ -144,7 +166,7 @@ formats::CalibrationStatistics calibrate(const WeightSource& model, const Window
   try {
     for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
       const LayerPanels panels = pack_layer(model.load_layer(layer, threads), threads);
-      StatisticsCollector collector(out.layers[layer], config.head_dim, threads);
+      StatisticsCollector collector(out.layers[layer], config.kv_heads, config.head_dim, threads);
       KeySample sample(collector, windows.length);
       for (std::uint64_t first = 0; first < windows.count; first += at_once) {
         check_interrupt();

@@ -14,7 +14,8 @@ namespace fireq::calib {
 class StatisticsCollector final : public ActivationObserver {
  public:
   // Adds to `statistics`, which outlives the collector.
-  StatisticsCollector(formats::LayerStatistics& statistics, std::uint64_t head_dim, int threads);
+  StatisticsCollector(formats::LayerStatistics& statistics, std::uint64_t kv_heads, std::uint64_t head_dim,
+                      int threads);
   void observe(formats::Site site, std::span<const float> values, std::uint64_t rows,
                std::uint64_t channels) override;
 
@@ -22,9 +23,10 @@ class StatisticsCollector final : public ActivationObserver {
   void add_moments(formats::SiteStatistics& site, std::span<const float> values, std::uint64_t rows,
                    std::uint64_t channels) const;
   void add_pair_radius(std::span<const float> keys, std::uint64_t rows, std::uint64_t channels) const;
+  void add_query_products(std::span<const float> queries, std::uint64_t rows, std::uint64_t channels) const;
 
   formats::LayerStatistics& statistics_;
-  const std::uint64_t head_dim_;
+  const std::uint64_t kv_heads_, head_dim_;
   const int threads_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "calib/key_folds.hpp"
 #include "common/error.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/smoothing.hpp"
 
 namespace fireq::calib {
@@ -40,20 +41,24 @@ void check_statistics(const ModelConfig& config, const LayerStatistics& statisti
   require("k_pair_radius", config.kv_rows() / 2, statistics.k_pair_radius.size());
 }
 
-std::vector<float> mean_square(const LayerStatistics* statistics, Site site) {
+// The mean over tokens of one of a site's sums.
+std::vector<float> mean_of(const LayerStatistics* statistics, Site site,
+                           std::vector<double> formats::SiteStatistics::*sums) {
   if (statistics == nullptr) return {};
   const formats::SiteStatistics& s = statistics->site(site);
-  std::vector<float> mean(s.sumsq.size());
+  std::vector<float> mean((s.*sums).size());
   for (std::size_t c = 0; c < mean.size(); ++c) {
-    mean[c] = s.count == 0 ? 0.0F : static_cast<float>(s.sumsq[c] / static_cast<double>(s.count));
+    mean[c] = s.count == 0 ? 0.0F : static_cast<float>((s.*sums)[c] / static_cast<double>(s.count));
   }
   return mean;
 }
 
 // Multiplies input columns by `factor`: the activations that reach them were divided by it.
-void fold_columns(LinearWeights& w, std::span<const float> factor, std::vector<float>& input_mean_square) {
+void fold_columns(LinearWeights& w, std::span<const float> factor, std::vector<float>& input_mean_square,
+                  std::vector<float>& input_mean) {
   lq::scale_columns(matrix(w), factor);
   for (std::size_t c = 0; c < input_mean_square.size(); ++c) input_mean_square[c] /= factor[c] * factor[c];
+  for (std::size_t c = 0; c < input_mean.size(); ++c) input_mean[c] /= factor[c];
 }
 
 void divide_output(LinearWeights& w, std::span<const float> factor) {
@@ -87,7 +92,7 @@ void fold_values(const ModelConfig& config, std::span<const float> lambda, Layer
   divide_output(w.linear[kV], lambda);
   const std::vector<float> columns =
       lq::expand_value_channels(lambda, config.heads, config.kv_heads, config.head_dim);
-  fold_columns(w.linear[kO], columns, report.input_mean_square[kO]);
+  fold_columns(w.linear[kO], columns, report.input_mean_square[kO], report.input_mean[kO]);
 }
 
 // After it the mean squares of o's inputs are those of rotated channels that do not know one another.
@@ -108,6 +113,14 @@ void rotate_value_heads(const ModelConfig& config, LayerWeights& w, FoldReport& 
     rotated[c] = static_cast<float>(sum);
   }
   square = std::move(rotated);
+  std::vector<float>& mean = report.input_mean[kO];
+  std::vector<float> turned(mean.size());
+  for (std::uint64_t c = 0; c < mean.size(); ++c) {
+    double sum = 0;
+    for (std::uint64_t i = 0; i < d; ++i) sum += r[i * d + c % d] * static_cast<double>(mean[c - c % d + i]);
+    turned[c] = static_cast<float>(sum);
+  }
+  mean = std::move(turned);
 }
 
 // A power of two per KV head that brings the largest sigma_V = max|v| / 7 of the head to [1, 2) where it is
@@ -129,6 +142,30 @@ std::vector<float> value_powers(const ModelConfig& config, std::span<const float
                 factor);
   }
   return divide_by;
+}
+
+// What the errors of a value's channels cost together: o_proj's columns of all query heads of its group.
+std::vector<float> value_roundings(const ModelConfig& config, const LayerWeights& w) {
+  const std::uint64_t d = config.head_dim;
+  const std::uint64_t group = config.heads / config.kv_heads;
+  const LinearWeights& o = w.linear[kO];
+  std::vector<float> out;
+  for (std::uint64_t g = 0; g < config.kv_heads; ++g) {
+    std::vector<double> moment(d * d, 0.0);
+    for (std::uint64_t row = 0; row < o.rows; ++row) {
+      for (std::uint64_t r = 0; r < group; ++r) {
+        const float* x = o.weight.data() + row * o.cols + (g * group + r) * d;
+        for (std::uint64_t i = 0; i < d; ++i) {
+          for (std::uint64_t j = 0; j < d; ++j) {
+            moment[i * d + j] += static_cast<double>(x[i]) * static_cast<double>(x[j]);
+          }
+        }
+      }
+    }
+    const std::vector<float> of_head = lq::kv_rounding(moment, d);
+    out.insert(out.end(), of_head.begin(), of_head.end());
+  }
+  return out;
 }
 
 }  // namespace
@@ -170,18 +207,21 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   }
   if (statistics != nullptr) check_statistics(config, *statistics);
   FoldReport report = planned_changes(config, recipe);
-  report.input_mean_square[kQ] = mean_square(statistics, Site::attn_in);
-  report.input_mean_square[kK] = report.input_mean_square[kV] = report.input_mean_square[kQ];
-  report.input_mean_square[kO] = mean_square(statistics, Site::o_in);
-  report.input_mean_square[kGate] = mean_square(statistics, Site::mlp_in);
-  report.input_mean_square[kUp] = report.input_mean_square[kGate];
-  report.input_mean_square[kDown] = mean_square(statistics, Site::down_in);
+  const auto fill = [&](auto& to, std::vector<double> formats::SiteStatistics::*sums) {
+    to[kQ] = to[kK] = to[kV] = mean_of(statistics, Site::attn_in, sums);
+    to[kO] = mean_of(statistics, Site::o_in, sums);
+    to[kGate] = to[kUp] = mean_of(statistics, Site::mlp_in, sums);
+    to[kDown] = mean_of(statistics, Site::down_in, sums);
+  };
+  fill(report.input_mean_square, &formats::SiteStatistics::sumsq);
+  fill(report.input_mean, &formats::SiteStatistics::sum1);
 
-  if (recipe.key_n || recipe.key_s || recipe.key_centre) {
+  if (recipe.key_n || recipe.key_s || recipe.key_centre || recipe.keys_together) {
     KeyFolds keys = key_folds(recipe, *statistics, config.kv_heads, config.head_dim, config.qk_norm);
     if (recipe.key_n) fold_keys(config, keys.n, w);
     if (recipe.key_s) w.k_post_rope_scale = std::move(keys.s);
     if (recipe.key_centre) w.k_post_rope_shift = std::move(keys.shift);
+    w.k_rounding = std::move(keys.rounding);
   }
 
   std::vector<float> lambda1;
@@ -200,6 +240,7 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
   }
 
   if (recipe.value_rotation) rotate_value_heads(config, w, report);
+  if (recipe.values_together) w.v_rounding = value_roundings(config, w);
 
   if (recipe.lambda2) {
     const std::array<lq::ConstMatrixRef, 2> readers{matrix(std::as_const(w.linear[kGate])),
@@ -207,8 +248,8 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
     const lq::ChannelScales scales = lq::channel_scales(readers, recipe.lambda2_c);
     report.clamped += scales.clamped;
     report.zero_channels += scales.zero;
-    fold_columns(w.linear[kGate], scales.lambda, report.input_mean_square[kGate]);
-    fold_columns(w.linear[kUp], scales.lambda, report.input_mean_square[kUp]);
+    fold_columns(w.linear[kGate], scales.lambda, report.input_mean_square[kGate], report.input_mean[kGate]);
+    fold_columns(w.linear[kUp], scales.lambda, report.input_mean_square[kUp], report.input_mean[kUp]);
     lq::divide(w.mlp_norm, scales.lambda);
   }
   if (recipe.lambda3) {
@@ -216,7 +257,7 @@ FoldReport fold_layer(const ModelConfig& config, const Recipe& recipe, const Lay
     const lq::ChannelScales scales = lq::channel_scales(readers, recipe.lambda3_c);
     report.clamped += scales.clamped;
     report.zero_channels += scales.zero;
-    fold_columns(w.linear[kDown], scales.lambda, report.input_mean_square[kDown]);
+    fold_columns(w.linear[kDown], scales.lambda, report.input_mean_square[kDown], report.input_mean[kDown]);
     divide_output(w.linear[kUp], scales.lambda);
   }
   return report;

@@ -24,6 +24,7 @@ struct FoldReport {
   std::uint64_t zero_channels = 0;  // input channels without weight, left alone
   // Mean x^2 of each input channel after folding, for q/k/v, o, gate/up, down; empty without statistics.
   std::array<std::vector<float>, kLinears> input_mean_square;
+  std::array<std::vector<float>, kLinears> input_mean;  // the same of x
 };
 
 // Which parts of a layer a recipe changes, known without the weights (for plans and for reading tensors raw).

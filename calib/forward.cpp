@@ -12,6 +12,7 @@
 #include "common/parallel.hpp"
 #include "libquant/activation_quantizer.hpp"
 #include "libquant/kv_quantizer.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/number_formats.hpp"
 
 namespace fireq::calib {
@@ -332,6 +333,19 @@ void LayerRunner::Impl::store_query(const Call& call, std::uint64_t row, float* 
   std::copy_n(q, config.q_rows(), query.data() + row * config.q_rows());
 }
 
+namespace {
+
+using libquant::KvPart;
+
+// A key or value of KV head g becomes its codes; returns its scale. rounding: of all heads, or empty.
+float to_codes(std::span<float> x, std::span<const float> rounding, std::uint64_t g, KvPart part) {
+  if (rounding.empty()) return libquant::quantize_kv_in_place(x);
+  const std::uint64_t size = libquant::kv_rounding_size(x.size());
+  return libquant::quantize_kv_together(x, rounding.subspan(g * size, size), part);
+}
+
+}  // namespace
+
 void LayerRunner::Impl::store_key_value(const Call& call, std::uint64_t row, float* k, const float* v,
                                         std::vector<float>& head) {
   const std::uint64_t dim = config.head_dim;
@@ -357,8 +371,10 @@ void LayerRunner::Impl::store_key_value(const Call& call, std::uint64_t row, flo
     }
     call.recorder.put(Site::k_post_rope, row, g * dim, x, dim);
     std::copy_n(v + g * dim, dim, head.data());
-    const float key_scale = precision.int4_k ? libquant::quantize_kv_in_place({x, dim}) : 1.0F;
-    const float value_scale = precision.int4_v ? libquant::quantize_kv_in_place(head) : 1.0F;
+    const float key_scale =
+        precision.int4_k ? to_codes({x, dim}, call.weights.k_rounding, g, KvPart::key) : 1.0F;
+    const float value_scale =
+        precision.int4_v ? to_codes(head, call.weights.v_rounding, g, KvPart::value) : 1.0F;
     call.cache.put(row / call.batch.length, g, position, {x, dim}, key_scale, head, value_scale);
   }
 }

@@ -59,7 +59,8 @@ struct LinearPanels {
 };
 struct LayerPanels {
   std::array<LinearPanels, kLinears> linear;
-  std::vector<float> attn_norm, mlp_norm, q_norm, k_norm, k_post_rope_scale, k_post_rope_shift;
+  std::vector<float> attn_norm, mlp_norm, q_norm, k_norm, k_post_rope_scale, k_post_rope_shift, k_rounding,
+      v_rounding;
   std::uint64_t bytes() const noexcept;
 };
 LayerPanels pack_layer(LayerWeights&& weights, int threads);  // frees each matrix as it is packed

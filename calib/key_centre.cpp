@@ -8,6 +8,7 @@
 #include "calib/key_folds.hpp"
 #include "common/parallel.hpp"
 #include "libquant/kv_quantizer.hpp"
+#include "libquant/kv_rounding.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -30,13 +31,20 @@ std::vector<float> head_rows(const std::vector<float>& values, std::uint64_t cha
 }
 
 // Keys [tokens, dim] as they come back from the cache, less the shift.
-std::vector<float> cached(std::vector<float> keys, std::span<const float> n, std::span<const float> s,
-                          std::span<const float> shift) {
-  const std::uint64_t dim = n.size();
+std::vector<float> cached(std::vector<float> keys, const KeyFolds& folds, std::uint64_t head,
+                          std::uint64_t dim) {
+  const auto of_head = [&](const std::vector<float>& all) {
+    return std::span(all)
+        .subspan(head * (all.size() / (folds.n.size() / dim)))
+        .first(all.size() / (folds.n.size() / dim));
+  };
+  const std::span<const float> n = of_head(folds.n), s = of_head(folds.s), shift = of_head(folds.shift);
   for (std::size_t row = 0; row < keys.size() / dim; ++row) {
     const std::span<float> k = std::span(keys).subspan(row * dim, dim);
     for (std::uint64_t c = 0; c < dim; ++c) k[c] = (k[c] * n[c] - shift[c]) * s[c];
-    const float sigma = libquant::quantize_kv_in_place(k);
+    const float sigma = folds.rounding.empty() ? libquant::quantize_kv_in_place(k)
+                                               : libquant::quantize_kv_together(k, of_head(folds.rounding),
+                                                                                libquant::KvPart::key);
     for (std::uint64_t c = 0; c < dim; ++c) k[c] *= sigma / (n[c] * s[c]);
   }
   return keys;
@@ -113,7 +121,6 @@ std::vector<double> KeySample::centre_gain(const formats::ModelConfig& config, s
   const std::uint64_t window = config.sliding_window.empty() ? 0 : config.sliding_window[layer];
   std::vector<double> gain(config.kv_heads, 0.0);
   parallel_for(config.kv_heads, threads, [&](std::size_t g) {
-    const auto of_head = [&](const std::vector<float>& all) { return std::span(all).subspan(g * dim, dim); };
     for (std::uint64_t first = 0; first < tokens; first += length_) {
       const std::uint64_t count = std::min(length_, tokens - first);
       const std::uint64_t step = (count + kQueries - 1) / kQueries;
@@ -123,10 +130,8 @@ std::vector<double> KeySample::centre_gain(const formats::ModelConfig& config, s
       for (std::uint64_t j = 0; j < count; ++j) {
         for (std::uint64_t c = 0; c < dim; ++c) values[c * count + j] = rows[j * dim + c];
       }
-      const std::vector<float> as_they_are =
-          cached(keys, of_head(plain.n), of_head(plain.s), of_head(plain.shift));
-      const std::vector<float> less_mean =
-          cached(keys, of_head(centred.n), of_head(centred.s), of_head(centred.shift));
+      const std::vector<float> as_they_are = cached(keys, plain, g, dim);
+      const std::vector<float> less_mean = cached(keys, centred, g, dim);
       for (std::uint64_t r = 0; r < group; ++r) {
         const std::vector<float> q = head_rows(q_, config.q_rows(), first, count, step, g * group + r, dim);
         const std::vector<float> exact = outputs(q, keys, values, dim, step, window);

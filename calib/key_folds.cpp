@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/error.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/smoothing.hpp"
 
 namespace fireq::calib {
@@ -61,6 +62,32 @@ std::vector<double> centres(const formats::LayerStatistics& statistics, std::uin
   return centre;
 }
 
+// The queries' products, less what keys were multiplied with, as factors of each head.
+std::vector<float> roundings(const std::vector<double>& products, const libquant::KeySmoothing& keys,
+                             std::uint64_t kv_heads, std::uint64_t head_dim) {
+  if (products.size() != kv_heads * head_dim * head_dim) {
+    throw Error(ErrorKind::input, "statistics do not fit the recipe: q_products")
+        .expected(std::to_string(kv_heads * head_dim * head_dim) + " values, for keys.together")
+        .found(std::to_string(products.size()))
+        .hint("calibrate again, or set keys.together to false");
+  }
+  std::vector<float> out;
+  std::vector<double> moment(head_dim * head_dim);
+  for (std::uint64_t h = 0; h < kv_heads; ++h) {
+    const auto factor = [&](std::uint64_t c) {
+      return static_cast<double>(keys.n[h * head_dim + c]) * static_cast<double>(keys.s[h * head_dim + c]);
+    };
+    for (std::uint64_t i = 0; i < head_dim; ++i) {
+      for (std::uint64_t j = 0; j < head_dim; ++j) {
+        moment[i * head_dim + j] = products[(h * head_dim + i) * head_dim + j] / (factor(i) * factor(j));
+      }
+    }
+    const std::vector<float> of_head = libquant::kv_rounding(moment, head_dim);
+    out.insert(out.end(), of_head.begin(), of_head.end());
+  }
+  return out;
+}
+
 }  // namespace
 
 KeyFolds key_folds(const Recipe& recipe, const formats::LayerStatistics& statistics, std::uint64_t kv_heads,
@@ -92,7 +119,9 @@ KeyFolds key_folds(const Recipe& recipe, const formats::LayerStatistics& statist
   for (std::size_t c = 0; c < shift.size(); ++c) {
     shift[c] = static_cast<float>(centre[c] * static_cast<double>(keys.n[c]));
   }
-  return {std::move(keys.n), std::move(keys.s), std::move(shift)};
+  std::vector<float> rounding;
+  if (recipe.keys_together) rounding = roundings(statistics.q_products, keys, kv_heads, head_dim);
+  return {std::move(keys.n), std::move(keys.s), std::move(shift), std::move(rounding)};
 }
 
 }  // namespace fireq::calib

@@ -15,6 +15,8 @@ struct KeyFolds {
   // [KV heads, D] what is taken off the keys that N was folded into, after RoPE and before S; 0 on heads that
   // are not centred.
   std::vector<float> shift;
+  // [KV heads, D (D + 1) / 2] what the cache's codes are chosen with (libquant/kv_rounding.hpp), or empty.
+  std::vector<float> rounding;
 };
 
 // qk_norm: one N for all heads. Error(input) when the statistics do not fit those sizes.

@@ -57,6 +57,8 @@ LayerPanels pack_layer(LayerWeights&& weights, int threads) {
   out.k_norm = std::move(weights.k_norm);
   out.k_post_rope_scale = std::move(weights.k_post_rope_scale);
   out.k_post_rope_shift = std::move(weights.k_post_rope_shift);
+  out.k_rounding = std::move(weights.k_rounding);
+  out.v_rounding = std::move(weights.v_rounding);
   return out;
 }
 

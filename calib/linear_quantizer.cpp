@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/parallel.hpp"
+#include "libquant/mean_rounding.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -40,8 +41,7 @@ libquant::TensorScaleSearch search_tensor_scale(float threshold, std::uint64_t r
 }  // namespace
 
 QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choice,
-                                std::span<const float> input_mean_square, int threads,
-                                std::uint64_t& saturated_groups) {
+                                const InputMoments& inputs, int threads, std::uint64_t& saturated_groups) {
   const bool per_tensor = choice.weights.row_scale == RowScale::tensor;
   QuantizedLinear q = libquant::make_quantized_linear(w.rows, w.cols, choice.weights.levels, per_tensor);
   const std::span<const float> all(w.weight);
@@ -56,14 +56,17 @@ QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choi
   }
   for_row_parts(w.rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     libquant::quantize_rows(all.subspan(begin * w.cols, count * w.cols), begin, count, choice.weights,
-                            choice.weighted_search ? input_mean_square : std::span<const float>{}, q);
+                            choice.weighted_search ? inputs.mean_square : std::span<const float>{}, q);
+    if (choice.keep_means) {
+      libquant::keep_row_means(all.subspan(begin * w.cols, count * w.cols), begin, count, inputs.mean,
+                               inputs.mean_square, q);
+    }
   });
   return q;
 }
 
-QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
-                             std::span<const float> input_mean_square, int threads,
-                             std::uint64_t& saturated_groups) {
+QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice, const InputMoments& inputs,
+                             int threads, std::uint64_t& saturated_groups) {
   const std::uint64_t rows = view.shape[0];
   const std::uint64_t cols = view.shape[1];
   const bool per_tensor = choice.weights.row_scale == RowScale::tensor;
@@ -81,7 +84,11 @@ QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
   for_row_parts(rows, threads, [&](std::uint64_t begin, std::uint64_t count) {
     libquant::quantize_rows_raw(view.data.subspan(begin * row_bytes, count * row_bytes), view.dtype, begin,
                                 count, choice.weights,
-                                choice.weighted_search ? input_mean_square : std::span<const float>{}, q);
+                                choice.weighted_search ? inputs.mean_square : std::span<const float>{}, q);
+    if (!choice.keep_means) return;
+    std::vector<float> values(count * cols);
+    tensor_to_float(view, begin * cols, values, true);
+    libquant::keep_row_means(values, begin, count, inputs.mean, inputs.mean_square, q);
   });
   return q;
 }

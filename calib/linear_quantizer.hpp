@@ -12,14 +12,19 @@
 
 namespace fireq::calib {
 
-// To 4 bits, from FP32 rows. input_mean_square [cols] weighs the search's error where the choice says so.
-// saturated_groups is set with per-tensor scales (see TensorScaleSearch).
+// What a linear's inputs are like, each [cols] or empty.
+struct InputMoments {
+  std::span<const float> mean, mean_square;
+};
+
+// To 4 bits, from FP32 rows. Moments weigh the search's error and say which means to keep where the choice
+// asks. saturated_groups is set with per-tensor scales (see TensorScaleSearch).
 libquant::QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choice,
-                                          std::span<const float> input_mean_square, int threads,
+                                          const InputMoments& inputs, int threads,
                                           std::uint64_t& saturated_groups);
 // The same straight from the checkpoint's bytes, when nothing is folded into them.
 libquant::QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
-                                       std::span<const float> input_mean_square, int threads,
+                                       const InputMoments& inputs, int threads,
                                        std::uint64_t& saturated_groups);
 
 // To FP8 with a scale per row.

@@ -71,7 +71,7 @@ bool ModulePattern::matches(const std::string& name) const {
 
 Modules::Modules(const Recipe& recipe, const formats::ModelConfig& config, bool tied_head)
     : linears_(config.layers * kLinears, {ModulePrecision::int4, recipe.weights, recipe.weighted_search,
-                                          recipe.train_levels, recipe.train_levels}),
+                                          recipe.keep_means, recipe.train_levels, recipe.train_levels}),
       chosen_(config.layers * kLinears, false),
       embeddings_(recipe.embeddings),
       head_(recipe.head),
@@ -120,10 +120,12 @@ Modules::Modules(const Recipe& recipe, const formats::ModelConfig& config, bool 
       if (o.weights_json.empty() || i >= embedding_index) return;
       base.weights = linears_[i].weights;
       base.weighted_search = linears_[i].weighted_search;
+      base.keep_means = linears_[i].keep_means;
       base.train_levels = linears_[i].train_levels;
       const Recipe own = with_weight_keys(base, o.weights_json);
       linears_[i].weights = own.weights;
       linears_[i].weighted_search = own.weighted_search;
+      linears_[i].keep_means = own.keep_means;
       linears_[i].train_levels = own.train_levels;
       linears_[i].own_levels = own.train_levels || !(own.weights.levels == recipe.weights.levels);
       if (own.train_levels && !recipe.curvature) {

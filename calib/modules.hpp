@@ -18,6 +18,7 @@ struct ModuleChoice {
   formats::ModulePrecision precision = formats::ModulePrecision::int4;
   libquant::WeightQuantizerOptions weights;  // of 4-bit modules
   bool weighted_search = false;
+  bool keep_means = false;
   bool train_levels = false;  // from weights.levels
   bool own_levels = false;    // stored with the module: trained, or others than the folder's
 };

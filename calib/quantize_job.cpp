@@ -17,6 +17,8 @@
 #include "calib/two_streams.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
+#include "libquant/kv_rounding.hpp"
+#include "libquant/number_formats.hpp"
 #include "libquant/packing.hpp"
 
 namespace fireq::calib {
@@ -41,6 +43,14 @@ std::string layer_prefix(std::uint64_t layer) {
 
 StagedTensor owned_f32(std::string name, const std::vector<float>& values, std::vector<std::uint64_t> shape) {
   return owned_tensor(std::move(name), Dtype::f32, std::move(shape), to_bytes(values));
+}
+
+// Values that BF16 holds.
+StagedTensor owned_bf16(std::string name, const std::vector<float>& values,
+                        std::vector<std::uint64_t> shape) {
+  std::vector<std::uint16_t> half(values.size());
+  libquant::encode_bf16(values, half);
+  return owned_tensor(std::move(name), Dtype::bf16, std::move(shape), to_bytes(half));
 }
 
 StagedTensor copied(const TensorView& view) {
@@ -149,13 +159,13 @@ void Job::obtain_statistics(FireqWriter& writer) {
 
 QuantizedLinear Job::quantize_linear(const std::string& name, std::uint64_t layer, std::size_t i,
                                      const FoldReport& report, const LayerWeights* weights) {
-  const std::span<const float> mean_square = report.input_mean_square[i];
+  const InputMoments inputs{report.input_mean[i], report.input_mean_square[i]};
   const ModuleChoice& choice = modules_.linear(layer, i);
   std::uint64_t saturated = 0;
   QuantizedLinear q =
       weights == nullptr
-          ? quantize_raw(reader_.tensor(name + ".weight"), choice, mean_square, options_.threads, saturated)
-          : quantize_folded(weights->linear[i], choice, mean_square, options_.threads, saturated);
+          ? quantize_raw(reader_.tensor(name + ".weight"), choice, inputs, options_.threads, saturated)
+          : quantize_folded(weights->linear[i], choice, inputs, options_.threads, saturated);
   if (saturated > 0) {
     progress_.warning(name + ".weight: " + std::to_string(saturated) +
                       " groups hold weights beyond 448, which a per-tensor scale cuts off; row scales "
@@ -269,12 +279,13 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   FoldReport report = planned_changes(config_, options_.recipe);
   const bool folds =
       std::any_of(report.weight_changed.begin(), report.weight_changed.end(), [](bool b) { return b; }) ||
-      report.qk_norm_changed || options_.recipe.key_s || options_.recipe.key_centre;
+      report.qk_norm_changed || options_.recipe.key_s || options_.recipe.key_centre ||
+      options_.recipe.keys_together || options_.recipe.values_together;
   const bool all_separate = std::all_of(
       names.begin(), names.end(), [&](const std::string& n) { return reader_.contains(n + ".weight"); });
   std::optional<LayerWeights> weights;
-  if (folds || options_.recipe.weighted_search || options_.recipe.override_needs_statistics ||
-      !all_separate || streams_) {
+  if (folds || options_.recipe.weighted_search || options_.recipe.keep_means ||
+      options_.recipe.override_needs_statistics || !all_separate || streams_) {
     weights = source_.load_layer(layer, options_.threads);
     report =
         fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, *weights);
@@ -313,6 +324,15 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   if (options_.recipe.key_centre) {
     tensors.push_back(owned_f32(prefix + "self_attn.k_post_rope_shift", weights->k_post_rope_shift,
                                 {config_.kv_heads, config_.head_dim}));
+  }
+  const std::uint64_t triangle = libquant::kv_rounding_size(config_.head_dim);
+  if (options_.recipe.keys_together) {
+    tensors.push_back(
+        owned_bf16(prefix + "self_attn.k_rounding", weights->k_rounding, {config_.kv_heads, triangle}));
+  }
+  if (options_.recipe.values_together) {
+    tensors.push_back(
+        owned_bf16(prefix + "self_attn.v_rounding", weights->v_rounding, {config_.kv_heads, triangle}));
   }
   sort_by_name(tensors);
   writer.stage(unit, tensors);

@@ -9,6 +9,7 @@
 #include "calib/modules.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/packing.hpp"
 
 namespace fireq::calib {
@@ -93,6 +94,9 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     }
     if (options.recipe.key_s) plan.bytes_after += config.kv_rows() * sizeof(float);
     if (options.recipe.key_centre) plan.bytes_after += config.kv_rows() * sizeof(float);
+    const std::uint64_t factor = config.kv_heads * libquant::kv_rounding_size(config.head_dim) * 2;  // BF16
+    if (options.recipe.keys_together) plan.bytes_after += factor;
+    if (options.recipe.values_together) plan.bytes_after += factor;
   }
   for (const std::string& name : reader.names()) {
     if (replaced.contains(name)) continue;

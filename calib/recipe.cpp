@@ -198,6 +198,7 @@ std::vector<Field> weight_fields() {
        },
        search},
       flag(kWeights, "weighted_search", &Recipe::weighted_search),
+      flag(kWeights, "keep_means", &Recipe::keep_means),
       {kWeights, "tensor_search_threshold",
        [](Recipe& r, const json& v) {
          r.weights.tensor_search_threshold = static_cast<float>(number_in(v, 0x1p-20, 448));
@@ -253,7 +254,8 @@ void set_overrides(Recipe& r, const json& v) {
       } else if (key == "weights") {
         check_weight_keys(r, value);
         o.weights_json = value.dump();
-        r.override_needs_statistics |= value.value("weighted_search", false);
+        r.override_needs_statistics |=
+            value.value("weighted_search", false) || value.value("keep_means", false);
       } else {
         throw Error(ErrorKind::usage, "recipe key 'overrides." + key + "' is not known")
             .hint("did you mean 'overrides." +
@@ -326,6 +328,7 @@ const std::vector<Field>& fields() {
         flag("keys", "s", &Recipe::key_s),
         choice("keys", "factors", kKeyFactors, &Recipe::key_factors),
         flag("keys", "centre", &Recipe::key_centre),
+        flag("keys", "together", &Recipe::keys_together),
         number("keys", "alpha", &Recipe::key_alpha, 1e-3, 448),
         number("keys", "beta", &Recipe::key_beta, 1e-3, 448),
         number("keys", "n_exponent", &Recipe::key_n_exponent, 0, 2),
@@ -333,6 +336,7 @@ const std::vector<Field>& fields() {
         count("keys", "top_k", &Recipe::key_top_k, 65536, "a whole number; 0 means head_dim / 16"),
         flag("values", "power_of_two", &Recipe::value_power_of_two),
         flag("values", "rotate", &Recipe::value_rotation),
+        flag("values", "together", &Recipe::values_together),
         flag("", "kv_cache", &Recipe::kv_cache),
         choice("", kTargetKey, kTargets, &Recipe::target),
     };
@@ -411,6 +415,7 @@ void set_target(Recipe& r, Target target) {
   r.train_levels = false;
   r.weights.row_scale = RowScale::row;
   r.key_n = r.key_s = r.key_centre = false;
+  r.keys_together = r.values_together = false;
   r.value_power_of_two = r.stream_kv = false;
   r.kv_cache = false;
 }
@@ -430,12 +435,16 @@ Recipe preset_for_fireq(const std::string& name) {
       r.weights.search_low = -7;
       r.weights.search_high = 2;
       r.weighted_search = true;
+      r.key_factors = KeyFactors::moments;
+      r.key_n_exponent = r.key_s_exponent = 0.75;
+      r.key_centre = r.keys_together = r.values_together = true;
+    }
+    if (name == "fast") {
+      r.keep_means = true;
+      r.lambda1 = ValueScaling::channel;
     }
     if (name == "best") {
       r.curvature = r.output_curvature = true;
-      r.key_factors = KeyFactors::moments;
-      r.key_n_exponent = r.key_s_exponent = 0.75;
-      r.key_centre = true;
       r.value_rotation = true;
     }
     return r;
@@ -470,6 +479,8 @@ void check_target(const Recipe& r) {
   require(r.weights.row_scale == RowScale::row, "weights.row_scale", "\"row\"", "\"tensor\"");
   require(!r.key_s, "keys.s", "false: S needs a hook between RoPE and the cache", "true");
   require(!r.key_centre, "keys.centre", "false: the mean is taken off between RoPE and the cache", "true");
+  require(!r.keys_together, "keys.together", "false: there is no INT4 cache", "true");
+  require(!r.values_together, "values.together", "false: there is no INT4 cache", "true");
   require(!r.kv_cache, "kv_cache", "false", "true");
   require(!r.stream_kv, "curvature.kv_stream", "false", "true");
   for (const Override& o : r.overrides) {

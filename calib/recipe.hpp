@@ -33,6 +33,7 @@ struct Recipe {
   Target target = Target::fireq;
   std::string preset = "paper";  // where it started from: "paper", "rtn", "fast", "best"
   libquant::WeightQuantizerOptions weights;
+  bool keep_means = false;       // codes moved so that a row's mean output stays (libquant/mean_rounding.hpp)
   bool weighted_search = false;  // sigma search weighted by mean x^2 of each input channel
   // Rounding a row's weights together, towards compensated targets (calib/two_streams.hpp). Needs text, a
   // scale per row, and rounds to products whatever weights.rounding says.
@@ -64,6 +65,9 @@ struct Recipe {
   std::uint64_t key_top_k = 0;  // 0: max(1, round(head_dim/16))
   // A power of two per KV head in W_v and W_o that keeps sigma_V normal.
   bool value_power_of_two = false;
+  // Codes of a key, or of a value, in the cache are chosen together (libquant/kv_rounding.hpp).
+  bool keys_together = false;
+  bool values_together = false;
   bool value_rotation = false;  // values spread over their head's channels, in W_v and W_o
   bool kv_cache = true;         // the folder asks for the INT4 cache
   // Modules. Overrides are applied in order, then `ignore`, which leaves modules in the source's own type.
@@ -74,7 +78,8 @@ struct Recipe {
   formats::ModulePrecision head = formats::ModulePrecision::original;
 
   bool needs_statistics() const noexcept {
-    return weighted_search || override_needs_statistics || key_n || key_s || key_centre || value_power_of_two;
+    return weighted_search || keep_means || override_needs_statistics || key_n || key_s || key_centre ||
+           keys_together || value_power_of_two;
   }
   bool needs_text() const noexcept { return curvature; }  // the tokens themselves, not only statistics
 };

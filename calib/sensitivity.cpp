@@ -69,9 +69,9 @@ LinearWeights stored_linear(const PlannedRun& run, const FoldedLayer& folded, st
       }
       case ModulePrecision::int4: {
         std::uint64_t saturated = 0;
-        const libquant::QuantizedLinear q =
-            quantize_folded(original, run.modules.linear(layer, i), folded.report.input_mean_square[i],
-                            run.threads, saturated);
+        const libquant::QuantizedLinear q = quantize_folded(
+            original, run.modules.linear(layer, i),
+            {folded.report.input_mean[i], folded.report.input_mean_square[i]}, run.threads, saturated);
         const libquant::ProductTable table(q.levels);
         out.weight.resize(q.rows * q.cols);
         parallel_for(q.rows, run.threads, [&](std::size_t r) {

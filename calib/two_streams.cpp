@@ -129,6 +129,8 @@ void TwoStreams::run(Layer& work) {
     panels->k_norm = work.weights.k_norm;
     panels->k_post_rope_scale = work.weights.k_post_rope_scale;
     panels->k_post_rope_shift = work.weights.k_post_rope_shift;
+    panels->k_rounding = work.weights.k_rounding;
+    panels->v_rounding = work.weights.v_rounding;
   }
   if (quantizing && gradients_) work.outputs = gradients_->sums(work.index, work.weights, original_);
   const auto sums_for = [&](std::uint64_t channels) {
@@ -405,7 +407,8 @@ void TwoStreams::quantize_linears(Layer& work, std::span<const LinearIndex> whic
 
 ModuleChoice TwoStreams::chosen(const Layer& work, std::size_t linear) const {
   if (modules_ != nullptr) return modules_->linear(work.index, linear);
-  return {ModulePrecision::int4, recipe_.weights, recipe_.weighted_search, recipe_.train_levels};
+  return {ModulePrecision::int4, recipe_.weights, recipe_.weighted_search, recipe_.keep_means,
+          recipe_.train_levels};
 }
 
 ModulePrecision TwoStreams::precision(const Layer& work, std::size_t linear) const {

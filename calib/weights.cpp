@@ -272,6 +272,10 @@ LayerWeights FolderWeights::load(std::uint64_t layer, bool operands, int threads
   if (quantization_ && reader_.contains(smoothing)) out.k_post_rope_scale = vector(smoothing);
   const std::string shift = layer_name(layer, "self_attn.k_post_rope_shift");
   if (quantization_ && reader_.contains(shift)) out.k_post_rope_shift = vector(shift);
+  const std::string keys = layer_name(layer, "self_attn.k_rounding");
+  if (quantization_ && reader_.contains(keys)) out.k_rounding = vector(keys);
+  const std::string values = layer_name(layer, "self_attn.v_rounding");
+  if (quantization_ && reader_.contains(values)) out.v_rounding = vector(values);
   return out;
 }
 

@@ -39,6 +39,9 @@ struct LayerWeights {
   // Empty or [kv_heads, head_dim]: taken off each key after RoPE, before S. All scores of a query lose the
   // same, so that the softmax stays.
   std::vector<float> k_post_rope_shift;
+  // Empty or [kv_heads, D (D + 1) / 2]: factors that the cache's codes are chosen with
+  // (libquant/kv_rounding.hpp).
+  std::vector<float> k_rounding, v_rounding;
 };
 
 class WeightSource {

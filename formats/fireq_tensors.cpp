@@ -1,5 +1,6 @@
 // Which tensors a FireQ folder holds: every name, dtype and shape follows from config.json.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -60,6 +61,7 @@ class TensorChecker {
     for (const std::string& name : levels_) check_levels_content(name);
     for (const std::string& name : smoothing_) check_smoothing_content(name);
     for (const std::string& name : shifts_) check_shift_content(name);
+    for (const std::string& name : roundings_) check_rounding_content(name);
   }
 
  private:
@@ -135,6 +137,11 @@ class TensorChecker {
     if (reader_.contains(shift)) {
       expect(shift, {Dtype::f32}, {model_.kv_heads, model_.head_dim});
       shifts_.push_back(shift);
+    }
+    for (const char* const rounded : {"self_attn.k_rounding", "self_attn.v_rounding"}) {
+      if (!reader_.contains(prefix + rounded)) continue;
+      expect(prefix + rounded, {Dtype::bf16}, {model_.kv_heads, model_.head_dim * (model_.head_dim + 1) / 2});
+      roundings_.push_back(prefix + rounded);
     }
     const auto names = linear_names(layer);
     for (std::size_t i = 0; i < names.size(); ++i) {
@@ -220,6 +227,24 @@ class TensorChecker {
     }
   }
 
+  // Triangles of D, D - 1, ... 1 numbers; the first of each row is a weight, not 0 or less.
+  void check_rounding_content(const std::string& name) const {
+    const TensorView view = reader_.tensor(name);
+    std::uint64_t next = 0;
+    for (std::uint64_t head = 0; head < model_.kv_heads; ++head) {
+      for (std::uint64_t left = model_.head_dim; left > 0; --left) {
+        for (std::uint64_t i = 0; i < left; ++i, ++next) {
+          const auto bits = std::uint32_t{element<std::uint16_t>(view, next)} << 16U;
+          const auto value = std::bit_cast<float>(bits);
+          if (std::isfinite(value) && (i > 0 || value > 0)) continue;
+          throw error(name, "bad rounding factor")
+              .expected(i == 0 ? "a finite weight above 0" : "finite values")
+              .found(std::to_string(value) + " at element " + std::to_string(next));
+        }
+      }
+    }
+  }
+
   const CheckpointReader& reader_;
   const ModelConfig& model_;
   const QuantizationConfig& quantization_;
@@ -229,6 +254,7 @@ class TensorChecker {
   std::vector<std::string> levels_;
   std::vector<std::string> smoothing_;
   std::vector<std::string> shifts_;
+  std::vector<std::string> roundings_;
 };
 
 }  // namespace

@@ -100,6 +100,11 @@ class Checker {
       size(name, layer.k_centre_gain.size(), meta.kv_heads);
       values(name, layer.k_centre_gain, false);
     }
+    if (!layer.q_products.empty()) {
+      const std::string name = group + kProductsDataset.name;
+      size(name, layer.q_products.size(), meta.kv_heads * meta.head_dim * meta.head_dim);
+      values(name, layer.q_products, false);
+    }
   }
 
  private:
@@ -188,6 +193,20 @@ void SiteStatistics::merge(const SiteStatistics& other) {
   count = tokens;
 }
 
+namespace {
+
+// Sums that either side may lack.
+void merge_sums(const char* what, std::vector<double>& sums, const std::vector<double>& other) {
+  if (sums.empty()) {
+    sums = other;
+  } else if (!other.empty()) {
+    if (sums.size() != other.size()) throw mismatch(what, sums.size(), other.size());
+    add_sums(sums, other);
+  }
+}
+
+}  // namespace
+
 void LayerStatistics::merge(const LayerStatistics& other) {
   for (std::size_t s = 0; s < kSites; ++s) sites[s].merge(other.sites[s]);
   if (k_pair_radius.empty()) {
@@ -198,14 +217,8 @@ void LayerStatistics::merge(const LayerStatistics& other) {
     }
     take_maxima(k_pair_radius, other.k_pair_radius);
   }
-  if (k_centre_gain.empty()) {
-    k_centre_gain = other.k_centre_gain;
-  } else if (!other.k_centre_gain.empty()) {
-    if (k_centre_gain.size() != other.k_centre_gain.size()) {
-      throw mismatch("the number of KV heads", k_centre_gain.size(), other.k_centre_gain.size());
-    }
-    add_sums(k_centre_gain, other.k_centre_gain);
-  }
+  merge_sums("the number of KV heads", k_centre_gain, other.k_centre_gain);
+  merge_sums("the number of query products", q_products, other.q_products);
 }
 
 void CalibrationStatistics::merge(const CalibrationStatistics& other) {

@@ -40,6 +40,9 @@ struct LayerStatistics {
   // [kv_heads] or empty: squared error of the attention's outputs with keys cached in INT4 as they are, less
   // that with their mean taken off first; summed over sampled tokens (calib/key_centre.hpp).
   std::vector<double> k_centre_gain;
+  // [kv_heads, head_dim, head_dim] or empty: sum of q^T q over tokens and over the query heads of each KV
+  // head, q after RoPE. Symmetric.
+  std::vector<double> q_products;
 
   SiteStatistics& site(Site s) { return sites[static_cast<std::size_t>(s)]; }
   const SiteStatistics& site(Site s) const { return sites[static_cast<std::size_t>(s)]; }

@@ -59,6 +59,11 @@ inline constexpr DatasetRow kCentreDataset{
     "squared error of each KV head's attention outputs with INT4 keys as they are, less that with their mean "
     "taken off first, summed over sampled tokens; unit: of the values, squared"};
 
+inline constexpr DatasetRow kProductsDataset{"q_products", StatisticType::f64,
+                                             "sum of q^T q of the queries after RoPE over all tokens and "
+                                             "over the query heads of each KV head; unit: of "
+                                             "the queries, squared"};
+
 std::string layer_group_name(std::size_t layer);  // "000"
 std::size_t type_size(StatisticType type);
 

@@ -121,6 +121,12 @@ class Reader {
       ++known;
       read_values(row, kCentreDataset, group, meta.kv_heads, layer.k_centre_gain);
     }
+    if (row.find(kProductsDataset.name) != nullptr) {
+      ++known;
+      const std::uint64_t square = checked_mul(meta.head_dim, meta.head_dim, kProductsDataset.name);
+      read_values(row, kProductsDataset, group, checked_mul(meta.kv_heads, square, kProductsDataset.name),
+                  layer.q_products);
+    }
     refuse_others(row, known);
   }
 

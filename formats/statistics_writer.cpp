@@ -190,6 +190,10 @@ class Writer {
       row[kCentreDataset.name] =
           write_dataset(here.get(), kCentreDataset, layer.k_centre_gain.data(), {meta.kv_heads});
     }
+    if (!layer.q_products.empty()) {
+      row[kProductsDataset.name] = write_dataset(here.get(), kProductsDataset, layer.q_products.data(),
+                                                 {meta.kv_heads, meta.head_dim, meta.head_dim});
+    }
   }
 
   // Returns the site's entry in the table.

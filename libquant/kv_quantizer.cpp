@@ -24,10 +24,6 @@ float checked_absmax(std::span<const float> x, const char* what) {
              std::to_string(bad - x.begin()));
 }
 
-std::uint8_t scale_of(std::span<const float> x) {
-  return std::max<std::uint8_t>(1, bits::e4m3_from_f32(checked_absmax(x, "a key or value") / 7.0F));
-}
-
 // -7..7; the quotient stays far below 2^22 unless sigma saturated, and is clamped before rounding.
 float code_of(float x, float sigma) {
   return bits::round_even(std::clamp(x / sigma, -7.0F, 7.0F));
@@ -41,9 +37,13 @@ unsigned nibble_of(float x, float sigma) {
 
 }  // namespace
 
+std::uint8_t kv_scale_code(std::span<const float> x) {
+  return std::max<std::uint8_t>(1, bits::e4m3_from_f32(checked_absmax(x, "a key or value") / 7.0F));
+}
+
 std::uint8_t quantize_kv(std::span<const float> x, std::span<std::uint8_t> nibbles) {
   if (nibbles.size() != (x.size() + 1) / 2) throw Error(ErrorKind::internal, "bytes of a KV vector's codes");
-  const std::uint8_t scale = scale_of(x);
+  const std::uint8_t scale = kv_scale_code(x);
   const float sigma = bits::f32_from_e4m3(scale);
   for (std::size_t i = 0; i < nibbles.size(); ++i) {
     const unsigned low = nibble_of(x[2 * i], sigma);
@@ -65,7 +65,7 @@ void dequantize_kv(std::span<const std::uint8_t> nibbles, std::uint8_t sigma, st
 }
 
 float quantize_kv_in_place(std::span<float> x) {
-  const float sigma = bits::f32_from_e4m3(scale_of(x));
+  const float sigma = bits::f32_from_e4m3(kv_scale_code(x));
   for (float& v : x) v = code_of(v, sigma);
   return sigma;
 }

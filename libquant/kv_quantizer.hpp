@@ -10,6 +10,9 @@ namespace fireq::libquant {
 
 inline constexpr std::uint64_t kKeyBlock = 128;  // keys per block of P8
 
+// The E4M3 byte of sigma = RN8(max|x| / 7), at least 2^-9.
+std::uint8_t kv_scale_code(std::span<const float> x);
+
 // One (token, KV head) vector of length D. Codes are sign-magnitude nibbles of -7..7 (8 never occurs), packed
 // two per byte, element 2i low. sigma = RN8(max/7), at least 2^-9. Returns sigma as its E4M3 byte.
 std::uint8_t quantize_kv(std::span<const float> x, std::span<std::uint8_t> nibbles);

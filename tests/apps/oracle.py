@@ -165,6 +165,7 @@ class Model:
         self.norms = []
         self.s = []
         self.shift = []
+        self.rounding = {"k": [], "v": []}
         for i in range(c.layers):
             prefix = f"model.layers.{i}."
             layer = {}
@@ -190,6 +191,12 @@ class Model:
             shift = tensors.get(prefix + "self_attn.k_post_rope_shift")
             if shift:
                 assert shift[0] == "F32" and shift[1].shape == (c.kv_heads, c.head_dim), (prefix, shift[1].shape)
+            triangle = (c.kv_heads, c.head_dim * (c.head_dim + 1) // 2)
+            for which, factors in self.rounding.items():
+                rounding = tensors.get(f"{prefix}self_attn.{which}_rounding")
+                if rounding:
+                    assert rounding[0] == "BF16" and rounding[1].shape == triangle, (prefix, which, rounding[1].shape)
+                factors.append(to_float(*rounding).astype(np.float32) if rounding else None)
             self.shift.append(shift[1].astype(np.float32) if shift else np.zeros((c.kv_heads, c.head_dim), np.float32))
             self.s.append(s[1].astype(np.float32) if s else np.ones((c.kv_heads, c.head_dim), np.float32))
         def table(name):
@@ -233,6 +240,26 @@ class Model:
             sigma = np.maximum(rn8(np.abs(x).max(axis=-1, keepdims=True) / np.float32(7)), 2.0**-9)
             return np.clip(np.rint(x / sigma), -7, 7).astype(np.float32), sigma.astype(np.float32)
 
+        def int4_together(x, factor, offsets):
+            """The same, the codes of a (token, head) chosen together: channel by channel, under several sigmas."""
+            codes, best, least = np.zeros_like(x), np.ones_like(x[..., :1]), np.full(x.shape[:-1], np.inf)
+            base = np.maximum(rn8(np.abs(x).max(axis=-1, keepdims=True) / np.float32(7)), 2.0**-9)
+            for offset in offsets:
+                sigma = _POSITIVE[np.clip(np.searchsorted(_POSITIVE, base) + offset, 1, 126)].astype(np.float32)
+                due, error, trial = np.zeros_like(x), np.zeros(x.shape[:-1]), np.zeros_like(x)
+                start = 0
+                for j in range(c.head_dim):
+                    row = factor[:, start:start + c.head_dim - j]
+                    start += c.head_dim - j
+                    trial[..., j] = np.clip(np.rint((x[..., j] + due[..., j]) / sigma[..., 0]), -7, 7)
+                    e = x[..., j] - trial[..., j] * sigma[..., 0]
+                    error += row[:, 0].astype(np.float64) * (due[..., j] + e).astype(np.float64)**2
+                    due[..., j + 1:] += e[..., None] * row[:, 1:]
+                better = (error < least)[..., None]
+                codes, best = np.where(better, trial, codes), np.where(better, sigma, best)
+                least = np.minimum(error, least)
+            return codes.astype(np.float32), best.astype(np.float32)
+
         hidden = self.embedding[ids]
         for i in range(c.layers):
             x = norm(hidden, self.norms[i][0])
@@ -243,9 +270,11 @@ class Model:
             q = q / np.repeat(self.s[i], group, axis=0)
             sigma_k = sigma_v = None
             if k == "int4":
-                key, sigma_k = int4(key)
+                factor = self.rounding["k"][i]
+                key, sigma_k = int4(key) if factor is None else int4_together(key, factor, (0, 1, -1, 2, 3))
             if v == "int4":
-                value, sigma_v = int4(value)
+                factor = self.rounding["v"][i]
+                value, sigma_v = int4(value) if factor is None else int4_together(value, factor, (0, 1, 2, 3))
             q_scale = np.ones((length, c.heads, 1), np.float32)
             if qp == "fp8":
                 q_scale = np.maximum(np.abs(q).max(axis=-1, keepdims=True), np.float32(2.0**-20)) / np.float32(448)

@@ -71,7 +71,7 @@ class CompressedTensors(Export):
             expected |= {f"{name}.weight_{part}" for part in ("packed", "scale", "shape")}
             found[name] = (q, scale)
         for name, (dtype, array) in before.items():
-            if ".weight_" in name or name.endswith("k_post_rope_scale"):
+            if ".weight_" in name or name.endswith(("k_post_rope_scale", "k_post_rope_shift", "k_rounding", "v_rounding")):
                 continue
             expected.add(name)
             self.assertEqual("BF16", after[name][0], name)
@@ -258,7 +258,7 @@ class Dequantised(Export):
         for name, packed in model.packed.items():
             expected[name + ".weight"] = em.in_dtype(em.dequantised(packed), dtype)
         for name, (stored, array) in before.items():
-            if ".weight_" in name or name.endswith("k_post_rope_scale"):
+            if ".weight_" in name or name.endswith(("k_post_rope_scale", "k_post_rope_shift", "k_rounding", "v_rounding")):
                 continue
             expected[name] = (stored, array)  # as it is, folded norms in F32
         self.assertEqual(set(expected), set(after))

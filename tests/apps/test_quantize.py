@@ -37,7 +37,11 @@ class Folder(TestCase):
         self.assertLessEqual(linears, set(before))
         parts = ("weight_codes", "weight_group_scale", "weight_row_scale", "weight_shape")
         expected = (set(before) - linears) | {f"{name}.{part}" for name in model.packed for part in parts}
-        s = {f"model.layers.{i}.self_attn.k_post_rope_scale" for i in range(model.config.layers)}
+        recipe = json.loads((out / "config.json").read_text())["quantization_config"]["recipe"]
+        s = {f"model.layers.{i}.self_attn.{name}" for i in range(model.config.layers)
+             for name, used in (("k_post_rope_scale", recipe["keys"]["s"]), ("k_post_rope_shift", recipe["keys"]["centre"]),
+                                ("k_rounding", recipe["keys"]["together"]), ("v_rounding", recipe["values"]["together"]))
+             if used}
         self.assertEqual(expected | (s if calibrated else set()), set(after))
         for name in set(before) - linears:
             if folded and name.endswith("post_attention_layernorm.weight"):
@@ -162,9 +166,15 @@ class Rounding(TestCase):
             # Lambda 2's constant: each column of up and gate has mean magnitude 0.0096.
             both = np.abs(np.concatenate([before[prefix + f"mlp.{n}_proj.weight"][1] for n in ("gate", "up")]))
             np.testing.assert_allclose(lambda2, 0.0096 / both.astype(np.float64).mean(axis=0), rtol=2e-3)
-            for n in ("v", "o"):  # nothing is folded into these
-                self.assert_close(model.packed[prefix + f"self_attn.{n}_proj"].weights(),
-                                  oracle.to_float(*before[prefix + f"self_attn.{n}_proj.weight"]))
+            # Lambda 1: one for the columns of o that a channel of v feeds.
+            c = model.config
+            o = oracle.to_float(*before[prefix + "self_attn.o_proj.weight"])
+            of_channel = np.abs(o).astype(np.float64).reshape(c.hidden, c.kv_heads, -1, c.head_dim).mean(axis=(0, 2))
+            lambda1 = 0.0096 / of_channel
+            columns = np.repeat(lambda1, c.heads // c.kv_heads, axis=0).reshape(-1)
+            self.assert_close(model.packed[prefix + "self_attn.o_proj"].weights(), o * columns)
+            v = oracle.to_float(*before[prefix + "self_attn.v_proj.weight"]) / lambda1.reshape(-1, 1)
+            self.assert_close(model.packed[prefix + "self_attn.v_proj"].weights(), v)
 
     def assert_close(self, packed, reference):
         error = np.linalg.norm(packed - reference) / np.linalg.norm(reference)

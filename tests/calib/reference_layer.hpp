@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "calib/forward.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "tests/calib/support.hpp"
 
 namespace fireq::test {
@@ -124,8 +125,17 @@ class ReferenceLayer {
     Doubles sigma_k(length * c_.kv_heads, 1);
     Doubles sigma_v(length * c_.kv_heads, 1);
     for (std::uint64_t i = 0; i < length * c_.kv_heads; ++i) {
-      if (p_.int4_k) sigma_k[i] = quantize_kv(k.data() + i * d, d);
-      if (p_.int4_v) sigma_v[i] = quantize_kv(v.data() + i * d, d);
+      const auto codes = [&](double* x, const std::vector<float>& rounding, libquant::KvPart part) {
+        if (rounding.empty()) return quantize_kv(x, d);
+        std::vector<float> row(x, x + d);  // libquant's own tests have a reference for what follows
+        const std::uint64_t size = libquant::kv_rounding_size(d);
+        const float sigma = libquant::quantize_kv_together(
+            row, std::span(rounding).subspan(i % c_.kv_heads * size, size), part);
+        std::copy(row.begin(), row.end(), x);
+        return static_cast<double>(sigma);
+      };
+      if (p_.int4_k) sigma_k[i] = codes(k.data() + i * d, w_.k_rounding, libquant::KvPart::key);
+      if (p_.int4_v) sigma_v[i] = codes(v.data() + i * d, w_.v_rounding, libquant::KvPart::value);
     }
     Doubles out(q.size());
     for (std::uint64_t t = 0; t < length; ++t) {

@@ -9,6 +9,7 @@
 #include "calib/collectors.hpp"
 #include "calib/key_centre.hpp"
 #include "calib/key_folds.hpp"
+#include "libquant/kv_rounding.hpp"
 #include "libquant/number_formats.hpp"
 
 namespace fireq::calib {
@@ -54,6 +55,14 @@ std::vector<double> cached(const float* k, const KeyFolds& folds, std::uint64_t 
     out[c] = static_cast<double>(k[c]) * smooth[c] -
              static_cast<double>(folds.shift[at]) * static_cast<double>(folds.s[at]);
     largest = std::max(largest, std::fabs(out[c]));
+  }
+  if (!folds.rounding.empty()) {
+    std::vector<float> x(out.begin(), out.end());
+    const std::uint64_t size = libquant::kv_rounding_size(kDim);
+    const auto sigma = static_cast<double>(libquant::quantize_kv_together(
+        x, std::span(folds.rounding).subspan(g * size, size), libquant::KvPart::key));
+    for (std::uint64_t c = 0; c < kDim; ++c) out[c] = static_cast<double>(x[c]) * sigma / smooth[c];
+    return out;
   }
   std::uint8_t code = 0;
   const auto wanted = static_cast<float>(largest / 7);
@@ -108,7 +117,7 @@ struct Measured {
 
 Measured measure(const Tokens& t, const formats::ModelConfig& config, int threads) {
   Measured m;
-  StatisticsCollector collector(m.statistics, kDim, 1);
+  StatisticsCollector collector(m.statistics, kKvHeads, kDim, 1);
   KeySample sample(collector, kLength);
   sample.observe(Site::q, t.q, kTokens, kHeads * kDim);
   sample.observe(Site::k_pre_rope, t.k, kTokens, kKvHeads * kDim);

@@ -33,7 +33,7 @@ formats::ModelConfig small_config() {
 }
 
 struct Extras {
-  bool bias = false, qk_norm = false, smoothing = false, row_scale = false;
+  bool bias = false, qk_norm = false, smoothing = false, row_scale = false, together = false;
 };
 
 LayerWeights random_layer(const formats::ModelConfig& c, Random& random, const Extras& extras) {
@@ -68,6 +68,21 @@ LayerWeights random_layer(const formats::ModelConfig& c, Random& random, const E
     for (int i = 0; i < 4; ++i)
       w.k_post_rope_scale[random.below(c.kv_rows())] = 0.2F + std::fabs(random.normal());
     w.k_post_rope_shift = random.normals(c.kv_rows(), 0.5);
+  }
+  if (extras.together) {  // of moments of rank 6: far from what rounding to the nearest gives
+    for (auto* rounding : {&w.k_rounding, &w.v_rounding}) {
+      for (std::uint64_t g = 0; g < c.kv_heads; ++g) {
+        const std::uint64_t d = c.head_dim;
+        const std::vector<float> rows = random.normals(6 * d);
+        std::vector<double> moment(d * d, 0.0);
+        for (std::uint64_t i = 0; i < 6 * d * d; ++i) {
+          const std::uint64_t r = i / (d * d), a = i / d % d, b = i % d;
+          moment[a * d + b] += static_cast<double>(rows[r * d + a]) * static_cast<double>(rows[r * d + b]);
+        }
+        const std::vector<float> factor = libquant::kv_rounding(moment, d);
+        rounding->insert(rounding->end(), factor.begin(), factor.end());
+      }
+    }
   }
   return w;
 }
@@ -162,7 +177,7 @@ TEST(Layer, EachQuantisationSwitchOfAttentionIsAsDefined) {
   for (const std::uint64_t window : {0U, 150U}) {
     formats::ModelConfig config = small_config();
     config.sliding_window = {window};
-    const LayerWeights weights = random_layer(config, random, {.smoothing = true});
+    const LayerWeights weights = random_layer(config, random, {.smoothing = true, .together = window != 0});
     const auto hidden = random.normals(kLength * config.hidden);
     const ReferenceResult plain = ReferenceLayer(config, weights, 0, {}).run(hidden, kLength);
     for (const Precision& precision : cases) {

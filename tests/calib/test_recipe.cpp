@@ -62,7 +62,12 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.75);
   EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.75);
   EXPECT_TRUE(best.value_rotation && best.key_centre);
-  EXPECT_EQ(fast.key_factors, KeyFactors::maxima);
+  EXPECT_FALSE(best.keep_means);
+  EXPECT_EQ(fast.key_factors, KeyFactors::moments);
+  EXPECT_TRUE(fast.keep_means && fast.key_centre);
+  EXPECT_EQ(fast.lambda1, ValueScaling::channel);
+  for (const Recipe* r : {&fast, &best}) EXPECT_TRUE(r->keys_together && r->values_together);
+  EXPECT_FALSE(paper.keep_means || paper.keys_together || paper.values_together);
 }
 
 TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
@@ -76,6 +81,7 @@ TEST(Recipe, ForVllmEveryPresetKeepsToIntegersAndRows) {
     EXPECT_TRUE(vllm.weights.levels.is_int4());
     EXPECT_EQ(vllm.weights.row_scale, libquant::RowScale::row);
     EXPECT_FALSE(vllm.key_n || vllm.key_s || vllm.kv_cache || vllm.value_power_of_two || vllm.stream_kv);
+    EXPECT_FALSE(vllm.keys_together || vllm.values_together || vllm.key_centre);
     // The rest is the preset's.
     EXPECT_EQ(vllm.lambda2, own.lambda2);
     EXPECT_EQ(vllm.curvature, own.curvature);

@@ -56,10 +56,12 @@ def main(writer):
                            "seed": 42, "layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}, f"meta: {meta}")
             check(sorted(file["layers"]) == ["000", "001"], "layers")
             for layer, group in enumerate(file["layers"].values()):
-                check(sorted(group) == sorted(SITES + ["k_pair_radius", "k_centre_gain"]), f"{group.name}: {sorted(group)}")
+                check(sorted(group) == sorted(SITES + ["k_pair_radius", "k_centre_gain", "q_products"]), f"{group.name}: {sorted(group)}")
                 radius = 10 * layer + np.arange(KV_HEADS * HEAD_DIM // 2, dtype=np.float32) + np.float32(0.25)
                 check_dataset(group["k_pair_radius"], radius.reshape(KV_HEADS, HEAD_DIM // 2))
                 check_dataset(group["k_centre_gain"], 10.0 * layer + np.arange(KV_HEADS) - 0.75)
+                products = 100.0 * layer + np.arange(KV_HEADS * HEAD_DIM**2) - 3.5
+                check_dataset(group["q_products"], products.reshape(KV_HEADS, HEAD_DIM, HEAD_DIM))
                 for index, site in enumerate(SITES):
                     wanted = expected(layer, index)
                     check(sorted(group[site]) == sorted(wanted), f"{group[site].name}: {sorted(group[site])}")

@@ -294,6 +294,17 @@ class FireqTensors : public ::testing::Test {
   static std::string floats(std::vector<float> values) {
     return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
   }
+  // One head's rounding factor of 32 channels, in BF16: `weight` leads each row, `rest` follows.
+  static std::string triangle(float weight, float rest) {
+    std::string bytes;
+    for (int left = 32; left > 0; --left) {
+      for (int i = 0; i < left; ++i) {
+        const auto bits = std::bit_cast<std::uint32_t>(i == 0 ? weight : rest);
+        bytes += {static_cast<char>(bits >> 16U & 0xffU), static_cast<char>(bits >> 24U)};
+      }
+    }
+    return bytes;
+  }
   std::optional<Error> check() const {
     std::vector<RawTensor> list;
     for (const auto& entry : tensors) list.push_back(entry.second);
@@ -323,6 +334,10 @@ TEST_F(FireqTensors, AcceptsWhatThePageSays) {
   tensors[layer + "self_attn.k_post_rope_scale"].data = floats(std::vector<float>(32, 0.5F));
   plain(layer + "self_attn.k_post_rope_shift", "F32", "[1,32]", 128);
   tensors[layer + "self_attn.k_post_rope_shift"].data = floats(std::vector<float>(32, -0.5F));
+  for (const char* name : {"self_attn.k_rounding", "self_attn.v_rounding"}) {
+    plain(layer + name, "BF16", "[1,528]", 1056);
+    tensors[layer + name].data = triangle(1, -1);
+  }
   plain(down + "weight_levels", "F32", "[8]", 32);
   tensors[down + "weight_levels"].data = floats({0, 1, 2, 3, 4, 5, 6, 448});
   EXPECT_FALSE(check());
@@ -489,6 +504,23 @@ TEST_F(FireqTensors, SmallContents) {
                     .expected = "finite values",
                     .found = std::string(std::isnan(bad) ? "nan" : "-inf") + " at element 7"});
   }
+  const auto expect_bad_rounding = [&](float weight, float rest, const char* expected, std::string found) {
+    tensors = all;
+    const std::string name = layer + "self_attn.v_rounding";
+    plain(name, "BF16", "[1,528]", 1056);
+    tensors[name].data = triangle(weight, rest);
+    expect_refused(
+        {.message = "bad rounding factor", .tensor = name, .expected = expected, .found = std::move(found)});
+  };
+  expect_bad_rounding(0, 1, "a finite weight above 0", std::to_string(0.0F) + " at element 0");
+  expect_bad_rounding(nan, 1, "a finite weight above 0", "nan at element 0");
+  expect_bad_rounding(1, nan, "finite values", "nan at element 1");
+  tensors = all;
+  plain(layer + "self_attn.k_rounding", "F32", "[1,528]", 2112);
+  expect_refused({.message = "wrong dtype",
+                  .tensor = layer + "self_attn.k_rounding",
+                  .expected = "BF16",
+                  .found = "F32"});
   tensors = all;
   quantization.ignore = {"model.layers.1.mlp.down_proj"};
   expect_refused({.message = "quantization_config.ignore names a module that the model does not have",

@@ -69,6 +69,9 @@ CalibrationStatistics random_statistics(std::uint64_t seed, std::size_t layers =
     for (std::uint64_t g = 0; g < kKvHeads; ++g) {
       layer.k_centre_gain.push_back(static_cast<double>(random() % 1000) / 7.0 - 70);
     }
+    for (std::uint64_t i = 0; i < kKvHeads * kHeadDim * kHeadDim; ++i) {
+      layer.q_products.push_back(static_cast<double>(random() % 1000) / 7.0 - 70);
+    }
   }
   return all;
 }
@@ -97,6 +100,7 @@ void expect_same(const CalibrationStatistics& a, const CalibrationStatistics& b)
     for (std::size_t s = 0; s < kSites; ++s) expect_same(a.layers[i].sites[s], b.layers[i].sites[s]);
     EXPECT_EQ(a.layers[i].k_pair_radius, b.layers[i].k_pair_radius);
     EXPECT_EQ(a.layers[i].k_centre_gain, b.layers[i].k_centre_gain);
+    EXPECT_EQ(a.layers[i].q_products, b.layers[i].q_products);
   }
 }
 
@@ -169,6 +173,10 @@ TEST(Statistics, MergeAddsUp) {
     ASSERT_EQ(ab.layers[i].k_centre_gain.size(), kKvHeads);
     for (std::size_t g = 0; g < kKvHeads; ++g) {
       EXPECT_EQ(ab.layers[i].k_centre_gain[g], a.layers[i].k_centre_gain[g] + b.layers[i].k_centre_gain[g]);
+    }
+    ASSERT_EQ(ab.layers[i].q_products.size(), kKvHeads * kHeadDim * kHeadDim);
+    for (std::size_t k = 0; k < ab.layers[i].q_products.size(); ++k) {
+      EXPECT_EQ(ab.layers[i].q_products[k], a.layers[i].q_products[k] + b.layers[i].q_products[k]);
     }
   }
   check_statistics(ab, "merged");
@@ -245,6 +253,11 @@ TEST(Statistics, MergeRefusesAnotherModelAndChangesNothing) {
        [](auto& s) { s.layers[1].k_centre_gain.resize(1); },
        {.message = "statistics of another model: the number of KV heads differs",
         .expected = "2",
+        .found = "1"}},
+      {"products",
+       [](auto& s) { s.layers[1].q_products.resize(1); },
+       {.message = "statistics of another model: the number of query products differs",
+        .expected = std::to_string(kKvHeads * kHeadDim * kHeadDim),
         .found = "1"}},
       {"text",
        [](auto& s) { s.meta.text_fingerprint = "xyz"; },
@@ -328,6 +341,16 @@ TEST(Statistics, ContentThatBreaksARuleIsNeverWritten) {
         .tensor = "/layers/001/k_centre_gain",
         .expected = "finite values",
         .found = "inf at [1]"}},
+      {[](auto& s) { s.layers[0].q_products.pop_back(); },
+       {.message = "wrong number of values",
+        .tensor = "/layers/000/q_products",
+        .expected = std::to_string(kKvHeads * kHeadDim * kHeadDim),
+        .found = std::to_string(kKvHeads * kHeadDim * kHeadDim - 1)}},
+      {[](auto& s) { s.layers[0].q_products[2] = std::numeric_limits<double>::quiet_NaN(); },
+       {.message = "a value is out of range",
+        .tensor = "/layers/000/q_products",
+        .expected = "finite values",
+        .found = "nan at [2]"}},
       {[](auto& s) { s.meta.model_fingerprint = std::string(65, 'a'); },
        {.message = "a fingerprint is malformed",
         .tensor = "/meta",
@@ -528,7 +551,7 @@ TEST_F(ForgedStatistics, TheTableHasTheKeysOfTheFormat) {
       {.message = "key 'layers.000.q....' that is unknown, or null", .expected = "10 keys", .found = "11"});
   expect_refused(
       [](json& t) { t["layers"][0]["other"] = json::object(); },
-      {.message = "key 'layers.000....' that is unknown, or null", .expected = "10 keys", .found = "11"});
+      {.message = "key 'layers.000....' that is unknown, or null", .expected = "11 keys", .found = "12"});
   expect_refused([](json& t) { t["layers"][2] = 7; },
                  {.message = "key 'layers.002' is not a JSON object", .expected = "an object", .found = "7"});
 }

@@ -51,6 +51,9 @@ CalibrationStatistics example() {
     for (std::uint64_t g = 0; g < kKvHeads; ++g) {
       all.layers[i].k_centre_gain.push_back(static_cast<double>(10 * i + g) - 0.75);
     }
+    for (std::uint64_t k = 0; k < kKvHeads * kHeadDim * kHeadDim; ++k) {
+      all.layers[i].q_products.push_back(static_cast<double>(100 * i + k) - 3.5);
+    }
   }
   return all;
 }
