@@ -149,24 +149,32 @@ calib::Windows evaluation_windows(const TextArguments& arguments, const Tokenize
                        [&] { return calib::make_evaluation_windows(text.ids, length, bos, text.bos_id); });
 }
 
+namespace {
+
+// Both ways of drawing windows for calibration take the same.
+template <class Draw>
+auto draw_windows(const TextArguments& arguments, const TokenizedText& text,
+                  const CalibrationArguments& calibration, std::uint64_t context, Progress& progress,
+                  Draw draw) {
+  const std::uint64_t length = window_length(calibration, context, progress);
+  return named_windows(arguments, [&] {
+    return draw(text.ids, length, calibration.samples, calibration.seed, resolve_bos(calibration.bos, text),
+                text.bos_id, progress);
+  });
+}
+
+}  // namespace
+
 calib::Windows calibration_windows(const TextArguments& arguments, const TokenizedText& text,
                                    const CalibrationArguments& calibration, std::uint64_t context,
                                    Progress& progress) {
-  const std::uint64_t length = window_length(calibration, context, progress);
-  return named_windows(arguments, [&] {
-    return calib::make_calibration_windows(text.ids, length, calibration.samples, calibration.seed,
-                                           resolve_bos(calibration.bos, text), text.bos_id, progress);
-  });
+  return draw_windows(arguments, text, calibration, context, progress, calib::make_calibration_windows);
 }
 
 calib::SplitWindows split_calibration_windows(const TextArguments& arguments, const TokenizedText& text,
                                               const CalibrationArguments& calibration, std::uint64_t context,
                                               Progress& progress) {
-  const std::uint64_t length = window_length(calibration, context, progress);
-  return named_windows(arguments, [&] {
-    return calib::split_calibration_windows(text.ids, length, calibration.samples, calibration.seed,
-                                            resolve_bos(calibration.bos, text), text.bos_id, progress);
-  });
+  return draw_windows(arguments, text, calibration, context, progress, calib::split_calibration_windows);
 }
 
 calib::TextFit check_text(const TextArguments& arguments, const calib::WeightSource& model,

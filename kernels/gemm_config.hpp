@@ -32,7 +32,7 @@ enum class Route : std::uint8_t {
 
 struct GemmConfig {
   Route route = Route::portable;
-  std::uint32_t token_tile = 0;  // columns of the multiply: decode 8, 16, 32, 64; prefill 64, 128, 256
+  std::uint32_t token_tile = 0;  // columns of the multiply: decode 8, 16, 32, 64; prefill 128 to 256
   // CTAs of a cluster. Prefill: two row tiles that share a token tile, times one, two or four parts of K.
   // Decode: the parts of K of one row tile.
   std::uint32_t cluster = 1;
