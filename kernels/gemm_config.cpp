@@ -10,6 +10,7 @@ namespace {
 constexpr std::array<std::uint32_t, 4> kDecodeTiles{8, 16, 32, 64};
 constexpr std::array<std::uint32_t, 5> kPrefillTiles{128, 160, 192, 224, 256};
 constexpr std::uint64_t kDecodeTokens = 64;
+constexpr std::uint64_t kLongK = 5120;
 
 bool has_sm90a(const DeviceInfo& device) {
   return device.compute_capability == 90;
@@ -29,17 +30,16 @@ GemmChoice choose_decode(const DeviceInfo& device, std::uint64_t tokens, std::ui
   const std::uint64_t halves = (rows + 63) / 64;
   const std::uint64_t room = 2ULL * device.multiprocessors;  // CTAs that run at once
   const std::uint64_t one_each = device.multiprocessors;
-  const bool long_k = cols > 5120;
+  const bool long_k = cols > kLongK;
   const auto in_halves = [&](std::uint32_t cluster) {
     return GemmConfig{Route::decode, tile, cluster, 1, true, 64};
   };
-  const auto fits = [&](std::uint32_t cluster) {
-    return cols <= longest_half_k(in_halves(cluster)) && halves * cluster <= room;
-  };
+  const auto fits = [&](std::uint32_t cluster) { return halves * cluster <= room; };
   // A multiprocessor with two CTAs of a launch takes longer: with a long K only where nearly all have two.
   if (!long_k && halves <= device.clusters_of_4 && fits(4))
     return {in_halves(4), "decode, 64 rows a cluster of four, an eighth of K a warpgroup"};
-  if (fits(2) && (!long_k || halves * 20 >= room * 9) && (tile > 8 || cols <= 16384))
+  const bool even = halves * 2 <= one_each && halves * 20 >= one_each * 9;
+  if (fits(2) && (!long_k || even || halves * 20 >= room * 9) && (tile > 8 || cols <= 16384))
     return {in_halves(2), "decode, 64 rows a cluster of two, a quarter of K a warpgroup"};
   if (!long_k && fits(1)) return {in_halves(1), "decode, 64 rows a CTA, half of K a warpgroup"};
   // Shares of K that fit into the weight ring, or nearly, while the kernel before still runs.
@@ -50,7 +50,7 @@ GemmChoice choose_decode(const DeviceInfo& device, std::uint64_t tokens, std::ui
   }
   // More than half a round of row tiles is left over: one worker each, some with help.
   const bool uneven = blocks % one_each * 2 > one_each;
-  if (uneven && blocks > one_each && blocks <= room && tile <= 16)
+  if (uneven && blocks > one_each && blocks <= room)
     return {{Route::decode, tile, 1, 1, false}, "decode, a CTA a row tile"};
   // A second CTA a multiprocessor costs overlap with the next kernel: it pays on large layers.
   if (uneven || rows * cols >= (tile <= 8 ? 100'000'000 : 80'000'000))
@@ -140,8 +140,7 @@ std::string to_string(const GemmConfig& config) {
   return s;
 }
 
-std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
-                                     std::uint64_t cols) {
+std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens) {
   std::vector<GemmConfig> all;
   if (has_sm90a(device) && layout == WeightLayout::sm90) {
     if (tokens <= kDecodeTokens) {
@@ -154,10 +153,14 @@ std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layo
         for (std::uint32_t cluster = 2; cluster <= decode_most_shares(tile); cluster *= 2)
           all.push_back({Route::decode, tile, cluster});
         for (std::uint32_t cluster = 1; cluster <= kMostHalfShares; cluster *= 2) {
-          const GemmConfig half{Route::decode, tile, cluster, 1, true, 64};
-          if (cols <= longest_half_k(half)) all.push_back(half);
+          all.push_back({Route::decode, tile, cluster, 1, true, 64});
         }
       }
+    }
+    if (tokens > kDecodeTokens && tokens <= kMostDecodeTokens) {
+      all.push_back({Route::decode, 64, 2});
+      for (const std::uint32_t cluster : {1U, 2U, 4U})
+        all.push_back({Route::decode, 64, cluster, 1, true, 64});
     }
     for (const std::uint32_t tile : kPrefillTiles) {
       all.push_back({Route::prefill, tile, 2});
@@ -179,6 +182,16 @@ GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint6
     return {{Route::portable, 0, 1}, "no sm_90a with the sm90 layout"};
   }
   if (tokens <= kDecodeTokens) return choose_decode(device, tokens, rows, cols);
+  // Few rows: prefill's CTAs would have to share sums.
+  const std::uint64_t halves = (rows + 63) / 64;
+  if (tokens <= kMostDecodeTokens && cols <= kLongK && 2 * halves <= device.multiprocessors) {
+    std::uint32_t cluster = 1;
+    while (cluster < kMostHalfShares &&
+           2 * cluster * halves * decode_token_tiles(tokens) <= device.multiprocessors)
+      cluster *= 2;
+    return {{Route::decode, 64, cluster, 1, true, 64},
+            "decode in tiles of 64 tokens, 64 rows a CTA or cluster"};
+  }
   return choose_prefill(device, tokens, rows, cols);
 }
 

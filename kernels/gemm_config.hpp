@@ -50,8 +50,7 @@ std::string to_string(Route route);
 std::string to_string(const GemmConfig& config);  // "decode n16 c1"
 
 // All configurations that can multiply M tokens by K channels with this layout on this device.
-std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
-                                     std::uint64_t cols);
+std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens);
 
 struct GemmChoice {
   GemmConfig config;
@@ -60,6 +59,11 @@ struct GemmChoice {
 GemmChoice choose_gemm(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens,
                        std::uint64_t rows, std::uint64_t cols);
 
+// Decode kernels for 64 tokens whose blocks are a cluster's take more in tiles of the same size, up to this.
+constexpr std::uint64_t kMostDecodeTokens = 256;
+constexpr std::uint32_t decode_token_tiles(std::uint64_t tokens) {
+  return static_cast<std::uint32_t>((tokens + 63) / 64);
+}
 // K groups a pipeline stage of the decode kernel holds.
 constexpr std::uint32_t decode_groups_per_unit(std::uint32_t token_tile) {
   return token_tile <= 16 ? 2 : 1;
@@ -72,10 +76,6 @@ constexpr std::uint32_t decode_most_shares(std::uint32_t token_tile) {
 constexpr std::uint32_t kPromoteK = 2048;
 // Most parts of K that a cluster's CTAs take in kernels with a row tile of 64: no room for more.
 constexpr std::uint32_t kMostHalfShares = 4;
-// The longest K of such a kernel: with 64 tokens nothing is left to keep sums in.
-constexpr std::uint64_t longest_half_k(const GemmConfig& config) {
-  return config.token_tile < 64 ? ~std::uint64_t{0} : std::uint64_t{2} * kPromoteK * config.cluster;
-}
 // Decode kernels whose clusters, or CTAs, have one block each.
 constexpr bool one_block_a_cluster(const GemmConfig& config) {
   return config.cluster > 1 || !config.split_k || config.row_tile == 64;

@@ -20,7 +20,8 @@ enum class Waited : std::uint8_t { weights, tokens, epilogue, count };
 struct CtaProfile {
   std::uint64_t at[static_cast<int>(Stamp::count)];       // nanoseconds
   std::uint64_t waited[static_cast<int>(Waited::count)];  // cycles; epilogue: all that follows multiplies
-  std::uint64_t cycles;                                   // from started to reduced
+  std::uint64_t multiprocessor;
+  std::uint64_t cycles;  // from started to reduced
 };
 
 }  // namespace fireq::kernels

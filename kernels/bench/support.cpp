@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <random>
 
 #include "libquant/number_formats.hpp"
@@ -123,6 +124,14 @@ std::string describe_profile(const std::vector<CtaProfile>& before, const std::v
     std::snprintf(text, sizeof(text), " wait%d %.0f", w, sum / ctas);
     line += text;
   }
+  std::map<std::uint64_t, int> ctas_of;
+  for (const CtaProfile& c : last)
+    if (c.at[0] != 0) ++ctas_of[c.multiprocessor];
+  int crowded = 0;
+  for (const auto& [sm, count] : ctas_of) crowded += count > 1 ? 1 : 0;
+  std::snprintf(text, sizeof(text), " multiprocessors %zu, %d with more than one CTA,", ctas_of.size(),
+                crowded);
+  line += text;
   double cycles = 0, ns = 0;
   for (const CtaProfile& c : last) {
     cycles += static_cast<double>(c.cycles);

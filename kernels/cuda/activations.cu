@@ -4,6 +4,7 @@
 #include <cuda_fp8.h>
 
 #include "kernels/activations.hpp"
+#include "kernels/cuda/activation_rows.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/runtime.hpp"
 
@@ -12,34 +13,8 @@ namespace fireq::kernels {
 namespace {
 
 constexpr std::uint32_t kThreads = 256;
-constexpr std::uint32_t kVector = 8;  // bf16 values a 16-byte load
-constexpr std::uint32_t kKept = 4;    // vectors that a thread keeps in registers: rows up to 8192
+constexpr std::uint32_t kKept = 4;  // vectors that a thread keeps in registers: rows up to 8192
 
-struct ActivationParams {
-  const std::uint16_t* x;
-  const std::uint16_t* second;  // up half of gate_up, or the addend
-  std::uint16_t* sum;
-  const float* weight;
-  float epsilon;
-  std::uint64_t pitch, second_pitch;
-  std::uint32_t cols;
-  std::uint8_t* x8;
-  std::uint64_t out_pitch;
-  float* scale;
-  bool vectors;           // 16-byte aligned rows, K a multiple of 8
-  std::uint32_t cluster;  // CTAs of a row (row_kernel)
-};
-
-enum class Kind : std::uint8_t { plain, norm, add_norm, silu };
-template <Kind kKind>
-inline constexpr bool kNorm = kKind == Kind::norm || kKind == Kind::add_norm;
-
-__device__ __forceinline__ float low_half(std::uint32_t v) {
-  return __uint_as_float(v << 16U);
-}
-__device__ __forceinline__ float high_half(std::uint32_t v) {
-  return __uint_as_float(v & 0xffff0000U);
-}
 __device__ __forceinline__ float round_bf16(float v) {
   return low_half(ptx::pack_bf16(v, 0.0F));
 }
@@ -223,91 +198,6 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(const __grid_const
 
 // ---- rows that stay in registers
 // ----------------------------------------------------------------------------------------------
-// x / a by IEEE rules without its range checks: a correctly rounded reciprocal and two corrections. Right for
-// finite a >= 2^-29 wherever the quotient is not below half of FP8's smallest number.
-__device__ __forceinline__ float divide(float x, float a, float inverse) {
-  float q = __fmul_rn(x, inverse);
-  q = __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
-  q = __fmaf_rn(__fmaf_rn(-q, a, x), inverse, q);
-  return __uint_as_float(__float_as_uint(q) | (__float_as_uint(x) & 0x80000000U));  // a zero lost its sign
-}
-
-__device__ __forceinline__ std::uint32_t* words(uint4& v) {
-  return reinterpret_cast<std::uint32_t*>(&v);
-}
-
-// op's identity is 0.
-template <class Op>
-__device__ __forceinline__ float reduce_block(float v, Op op, float* scratch) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
-  const std::uint32_t warps = blockDim.x / 32;
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.0F;
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v = op(v, __shfl_xor_sync(0xffffffffU, v, d));
-  return v;
-}
-
-__device__ __forceinline__ std::uint32_t quantize_pair(std::uint32_t pair, float a, float inverse) {
-  const float2 q = make_float2(divide(low_half(pair), a, inverse), divide(high_half(pair), a, inverse));
-  return __nv_cvt_float2_to_fp8x2(q, __NV_SATFINITE, __NV_E4M3);
-}
-
-// The largest of what the CTAs of a row's cluster found: each sends its own to the others, which count the
-// bytes at an mbarrier.
-struct ClusterMaximum {
-  uint4 from[8];
-  std::uint64_t received;
-
-  // By all threads, before anything of the kernel before is waited for.
-  __device__ __forceinline__ void prepare(std::uint32_t ctas) {
-    const std::uint32_t bar = ptx::smem_address(&received);
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(bar, 1);
-      ptx::mbarrier_expect(bar, 16 * (ctas - 1));
-      ptx::mbarrier_init_fence();
-    }
-    __syncwarp();
-    ptx::cluster_sync();
-  }
-  __device__ __forceinline__ float exchange(float mine, std::uint32_t ctas) {
-    const std::uint32_t rank = ptx::cluster_rank();
-    if (threadIdx.x < ctas && threadIdx.x != rank)
-      ptx::store_async_16(ptx::in_cluster(ptx::smem_address(from + rank), threadIdx.x),
-                          make_uint4(__float_as_uint(mine), 0, 0, 0),
-                          ptx::in_cluster(ptx::smem_address(&received), threadIdx.x));
-    ptx::mbarrier_wait(ptx::smem_address(&received), 0);
-    for (std::uint32_t i = 0; i < ctas; ++i)
-      if (i != rank) mine = fmaxf(mine, __uint_as_float(ptx::load_shared_16(ptx::smem_address(from + i)).x));
-    return mine;
-  }
-};
-
-// A row's vectors (of gate and up, or of x and addend) of one thread.
-template <Kind kKind, std::uint32_t kVectors>
-struct Row {
-  uint4 x[kVectors];
-  static constexpr bool kSecond = kKind == Kind::silu || kKind == Kind::add_norm;
-  uint4 second[kSecond ? kVectors : 1];
-
-  __device__ __forceinline__ void load(const ActivationParams& p, std::uint64_t m, std::uint32_t begin,
-                                       std::uint32_t end) {
-#pragma unroll
-    for (std::uint32_t i = 0; i < kVectors; ++i) {
-      const std::uint32_t at = begin + i * blockDim.x + threadIdx.x;
-      const bool in = at < end;
-      x[i] = make_uint4(0, 0, 0, 0);
-      if (in) x[i] = __ldcg(reinterpret_cast<const uint4*>(p.x + m * p.pitch) + at);
-      if constexpr (kSecond) {
-        second[i] = make_uint4(0, 0, 0, 0);
-        if (in) second[i] = __ldcg(reinterpret_cast<const uint4*>(p.second + m * p.second_pitch) + at);
-      }
-    }
-  }
-};
-
 // The same as activation_kernel for 16-byte aligned rows of up to blockDim.x * kVectors vectors: every value
 // is loaded once and kept as bf16. With kCluster a row is a cluster's, an even part of it a CTA's: a few long
 // rows on many multiprocessors (not for norm, which would exchange its sum too).
@@ -337,13 +227,7 @@ __global__ void __launch_bounds__(kVectors > (kNorm<kKind> ? 2 : 4) ? 512 : 1024
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
       const std::uint32_t at = i * blockDim.x + threadIdx.x;
-      if (at >= vectors) continue;
-      const float4* w = reinterpret_cast<const float4*>(p.weight) + 2 * at;
-      const float4 w0 = __ldg(w);
-      const float4 w1 = __ldg(w + 1);
-      const float all[kVector] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
-#pragma unroll
-      for (std::uint32_t j = 0; j < kVector; ++j) weight[i][j] = all[j];
+      if (at < vectors) load_weights(p, at, weight[i]);
     }
   }
 #if __CUDA_ARCH__ >= 900
@@ -369,67 +253,76 @@ __global__ void __launch_bounds__(kVectors > (kNorm<kKind> ? 2 : 4) ? 512 : 1024
 #pragma unroll
     for (std::uint32_t i = 0; i < kVectors; ++i) {
       const std::uint32_t at = i * blockDim.x + threadIdx.x;
+      if constexpr (kKind == Kind::add_norm) {
 #pragma unroll
-      for (std::uint32_t j = 0; j < 4; ++j) {
-        std::uint32_t& h = words(row.x[i])[j];
-        if constexpr (kKind == Kind::add_norm)
+        for (std::uint32_t j = 0; j < 4; ++j) {
+          std::uint32_t& h = words(row.x[i])[j];
           h = ptx::pack_bf16(low_half(h) + low_half(words(row.second[i])[j]),
                              high_half(h) + high_half(words(row.second[i])[j]));
-        squares = __fmaf_rn(low_half(h), low_half(h), squares);
-        squares = __fmaf_rn(high_half(h), high_half(h), squares);
+        }
       }
+      add_squares(row.x[i], squares);
       if (p.sum != nullptr && at < vectors) reinterpret_cast<uint4*>(p.sum + m * p.pitch)[at] = row.x[i];
     }
     squares = reduce_block(
         squares, [](float a, float b) { return a + b; }, scratch[0]);
-    const float inverse = __frsqrt_rn(__fdiv_rn(squares, static_cast<float>(p.cols)) + p.epsilon);
+    const float inverse = inverse_norm(p, squares);
 #pragma unroll
-    for (std::uint32_t i = 0; i < kVectors; ++i) {
-      if (i * blockDim.x + threadIdx.x >= vectors) continue;
-#pragma unroll
-      for (std::uint32_t j = 0; j < 4; ++j) {
-        std::uint32_t& h = words(row.x[i])[j];
-        h = ptx::pack_bf16(__fmul_rn(__fmul_rn(low_half(h), inverse), weight[i][2 * j]),
-                           __fmul_rn(__fmul_rn(high_half(h), inverse), weight[i][2 * j + 1]));
-      }
-    }
+    for (std::uint32_t i = 0; i < kVectors; ++i)
+      if (i * blockDim.x + threadIdx.x < vectors) normalize_vector(row.x[i], inverse, weight[i]);
   }
-  float largest = 0x1p-20F;
+  LargestPair pair;
 #pragma unroll
-  for (std::uint32_t i = 0; i < kVectors; ++i)
-#pragma unroll
-    for (std::uint32_t j = 0; j < 4; ++j)
-      largest =
-          fmaxf(largest, fmaxf(fabsf(low_half(words(row.x[i])[j])), fabsf(high_half(words(row.x[i])[j]))));
-  largest = reduce_block(
-      largest, [](float a, float b) { return fmaxf(a, b); }, scratch[1]);
+  for (std::uint32_t i = 0; i < kVectors; ++i) pair.meet(row.x[i]);
+  float largest = reduce_block(
+      pair.largest(), [](float a, float b) { return fmaxf(a, b); }, scratch[1]);
 #if __CUDA_ARCH__ >= 900
   if constexpr (kCluster) largest = maximum.exchange(largest, p.cluster);
 #endif
-  const float a = __fmul_rn(largest, 1.0F / 448.0F);
-  if (threadIdx.x == 0 && begin == 0) p.scale[m] = a;
-  const bool finite = largest < __uint_as_float(0x7f800000U);
-  const float inverse = __frcp_rn(a);
+  const TokenScale scale(largest);
+  if (threadIdx.x == 0 && begin == 0) p.scale[m] = scale.a;
 #pragma unroll
   for (std::uint32_t i = 0; i < kVectors; ++i) {
     const std::uint32_t at = begin + i * blockDim.x + threadIdx.x;
-    if (at >= vectors) continue;
-    const std::uint32_t* v = words(row.x[i]);
-    uint2 out;
-    if (finite) {
-      out.x = quantize_pair(v[0], a, inverse) | quantize_pair(v[1], a, inverse) << 16U;
-      out.y = quantize_pair(v[2], a, inverse) | quantize_pair(v[3], a, inverse) << 16U;
-    } else {  // the quotient by infinity: zero, or NaN for infinity itself
-      std::uint32_t w[2] = {0, 0};
+    if (at < vectors) reinterpret_cast<uint2*>(p.x8 + m * p.out_pitch)[at] = scale.quantize(row.x[i]);
+  }
+}
+
+// Norm of many rows, weights loaded late: fewer registers, so that more rows are on their way.
+template <std::uint32_t kVectors>
+__global__ void __launch_bounds__(512) norm_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ float scratch[2][32];
+#if __CUDA_ARCH__ >= 900
+  ptx::launch_next_kernel();
+  ptx::wait_for_previous_kernel();
+#endif
+  const std::uint64_t m = blockIdx.x;
+  const std::uint32_t vectors = p.cols / kVector;
+  Row<Kind::norm, kVectors> row;
+  row.load(p, m, 0, vectors);
+  float squares = 0.0F;
 #pragma unroll
-      for (std::uint32_t j = 0; j < 8; ++j) {
-        const std::uint32_t bits = v[j / 2] >> (16 * (j % 2)) & 0xffffU;
-        const std::uint32_t byte = (bits & 0x7fffU) >= 0x7f80U ? 0x7fU : bits >> 8U & 0x80U;
-        w[j / 4] |= byte << (8 * (j % 4));
-      }
-      out = make_uint2(w[0], w[1]);
-    }
-    reinterpret_cast<uint2*>(p.x8 + m * p.out_pitch)[at] = out;
+  for (std::uint32_t i = 0; i < kVectors; ++i) add_squares(row.x[i], squares);
+  const float inverse = inverse_norm(p, reduce_block(
+                                            squares, [](float a, float b) { return a + b; }, scratch[0]));
+  LargestPair pair;
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVectors; ++i) {
+    const std::uint32_t at = i * blockDim.x + threadIdx.x;
+    if (at >= vectors) continue;
+    if (p.sum != nullptr) reinterpret_cast<uint4*>(p.sum + m * p.pitch)[at] = row.x[i];
+    float weight[kVector];
+    load_weights(p, at, weight);
+    normalize_vector(row.x[i], inverse, weight);
+    pair.meet(row.x[i]);
+  }
+  const TokenScale scale(reduce_block(
+      pair.largest(), [](float a, float b) { return fmaxf(a, b); }, scratch[1]));
+  if (threadIdx.x == 0) p.scale[m] = scale.a;
+#pragma unroll
+  for (std::uint32_t i = 0; i < kVectors; ++i) {
+    const std::uint32_t at = i * blockDim.x + threadIdx.x;
+    if (at < vectors) reinterpret_cast<uint2*>(p.x8 + m * p.out_pitch)[at] = scale.quantize(row.x[i]);
   }
 }
 
@@ -460,9 +353,9 @@ void launch_rows(ActivationParams p, std::uint64_t tokens, const ActivationOptio
   const bool many = tokens >= 2048;
   p.cluster = 1;
   if constexpr (kNorm<kKind>) {
-    if (vectors <= 256) return go(row_kernel<kKind, 1, false>, 1);
+    if (vectors <= (tokens <= 128 ? 1024 : 256)) return go(row_kernel<kKind, 1, false>, 1);
     if constexpr (kKind == Kind::norm) {
-      if (many) return go(row_kernel<kKind, 4, false>, 4);
+      if (many) return go(norm_kernel<4>, 4);
     }
     go(row_kernel<kKind, 2, false>, 2);
   } else {

@@ -38,12 +38,22 @@
 
 namespace fireq::kernels {
 
+enum NamedBarrier : std::uint32_t { kTokensMayCome = 1, kReady = 2 };
+
 template <class Traits, Variant kVariant>
 class DecodeConsumer {
  public:
   __device__ __forceinline__ DecodeConsumer(const DecodeParams& p, const DecodeShared<Traits>& shared,
                                             const float* scales, std::uint32_t warp, std::uint32_t lane)
-      : p_(p), shared_(shared), scales_(scales), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
+      : p_(p), shared_(shared), scales_(scales), group_(warp / 4), warp_(warp % 4), lane_(lane) {
+    if constexpr (Traits::kTokenTiles) {
+      const TokenSpan span = token_span<Traits>(p);
+      own_output_ = p.output;
+      own_output_.tokens = span.count;
+      own_output_.out += span.first * p.output.out_pitch;
+      if (p.output.residual != nullptr) own_output_.residual += span.first * p.output.residual_pitch;
+    }
+  }
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     if constexpr (Traits::kAhead) {
@@ -56,17 +66,17 @@ class DecodeConsumer {
     Segment segment;
     while (walk.next(segment)) {
       RowTerms terms;
-      if constexpr (!Traits::kClusters) terms = RowTerms(p_.output, first_row(segment.block) + lane_ / 4);
+      if constexpr (!Traits::kClusters) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
       float acc[Traits::kAccumulators];
       multiply(segment, acc, watch);
       watch.stamp(Stamp::multiplied);
       if (!Traits::kHalves && segment.begin == 0 && segment.end == p_.plan.units) {
-        if constexpr (Traits::kClusters) terms = RowTerms(p_.output, first_row(segment.block) + lane_ / 4);
+        if constexpr (Traits::kClusters) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
 #pragma unroll
         for (std::uint32_t j = 0; j < Traits::kBlocks; ++j)
           ptx::store_shared_16(sums() + 4096 * j, as_words(acc + 4 * j));
         emit(terms, segment.block, 0, 1, Traits::kBlocks,
-             ResidualPairs(p_.output, first_row(segment.block), 0, lane_));
+             ResidualPairs(output(), first_row(segment.block), 0, lane_));
       } else if constexpr (Traits::kClusters) {
         send(acc);
         watch.stamp(Stamp::stored);
@@ -99,6 +109,10 @@ class DecodeConsumer {
  private:
   __device__ __forceinline__ std::uint32_t first_row(std::uint32_t block) const {
     return block * Traits::kBlockRows + (Traits::kHalves ? 0 : group_ * kHalfRows) + 16 * warp_;
+  }
+  __device__ __forceinline__ const OutputParams& output() const {
+    if constexpr (Traits::kTokenTiles) return own_output_;
+    return p_.output;
   }
   // This thread's place for finished blocks, 4096 bytes apart.
   __device__ __forceinline__ std::uint32_t sums() const {
@@ -143,16 +157,16 @@ class DecodeConsumer {
   __device__ __forceinline__ void receive(std::uint32_t block) const {
     const std::uint32_t shares = p_.plan.shares;
     const std::uint32_t row = first_row(block);
-    const RowTerms terms(p_.output, row + lane_ / 4);
+    const RowTerms terms(output(), row + lane_ / 4);
     const float* scales = scales_ + 2 * (lane_ % 4);
     const std::uint32_t first = Traits::kHalves ? shared_.rank + group_ * shares
                                                 : (shared_.rank - group_ * Traits::kBlocks) & (shares - 1);
-    ResidualPairs residual(p_.output, row, 8 * first, lane_);
+    ResidualPairs residual(output(), row, 8 * first, lane_);
     ptx::mbarrier_wait(shared_.scales_full(), 0);
     ptx::mbarrier_wait(shared_.received(), 0);
 #pragma unroll 1
     for (std::uint32_t j = first; j < Traits::kBlocks; j += Traits::kParts * shares) {
-      if (j != first) residual = ResidualPairs(p_.output, row, 8 * j, lane_);
+      if (j != first) residual = ResidualPairs(output(), row, 8 * j, lane_);
       float v[4] = {0.0F, 0.0F, 0.0F, 0.0F};
 #pragma unroll 1
       for (std::uint32_t number = 0; number < Traits::kParts * shares; ++number) {
@@ -162,7 +176,7 @@ class DecodeConsumer {
         v[2] += __uint_as_float(w.z);
         v[3] += __uint_as_float(w.w);
       }
-      finish_and_store(p_.output, terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v, residual);
+      finish_and_store(output(), terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v, residual);
     }
   }
 
@@ -179,8 +193,8 @@ class DecodeConsumer {
       const std::uint32_t j = first_block + i * step;
       const uint4 w = ptx::load_shared_16(sums() + 4096 * i);
       float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-      if (i != 0) residual = ResidualPairs(p_.output, row, 8 * j, lane_);
-      finish_and_store(p_.output, terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v, residual);
+      if (i != 0) residual = ResidualPairs(output(), row, 8 * j, lane_);
+      finish_and_store(output(), terms, row, 8 * j, lane_, scales[8 * j], scales[8 * j + 1], v, residual);
     }
   }
 
@@ -202,7 +216,7 @@ class DecodeConsumer {
   __device__ __forceinline__ void multiply(const Segment& segment, float (&acc)[Traits::kAccumulators],
                                            Stopwatch<kVariant == Variant::profile>& watch) {
     const std::uint32_t table = shared_.base + Traits::kTableOffset;
-    float sum[Traits::kSumsInShared || !Traits::kPromotes ? 1 : Traits::kAccumulators];
+    Sums sum;
     const std::uint32_t sums = this->sums();
     std::uint32_t a[4][4];
 
@@ -274,19 +288,28 @@ class DecodeConsumer {
       wgmma_wait<0>();
       pin(acc);
       release_tokens(tokens_.previous(), true);
-      if constexpr (Traits::kPromotes) promote(first_chunk, unit == segment.end, sums, sum, acc);
+      promote(first_chunk, unit == segment.end, sums, sum, acc);
     }
   }
 
   // Adds a chunk's accumulators to the FP32 sums; after the last chunk acc holds the total.
-  template <std::size_t kSums>
-  __device__ __forceinline__ void promote(bool first, bool last, std::uint32_t sums, float (&sum)[kSums],
+  struct Sums {
+    float v[Traits::kSumsInShared || Traits::kSumsInHalves ? 1 : Traits::kAccumulators];
+    uint4 halves[Traits::kSumsInHalves ? Traits::kAccumulators / 8 : 1];
+  };
+  __device__ __forceinline__ void promote(bool first, bool last, std::uint32_t sums, Sums& sum,
                                           float (&acc)[Traits::kAccumulators]) const {
-    if constexpr (!Traits::kSumsInShared) {
+    if constexpr (Traits::kSumsInHalves) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < Traits::kAccumulators / 8; ++i) {
+        if (!first) add_halves(sum.halves[i], p_.partial, acc + 8 * i);
+        if (!last) sum.halves[i] = pack_halves(acc + 8 * i, p_.partial);
+      }
+    } else if constexpr (!Traits::kSumsInShared) {
 #pragma unroll
       for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) {
-        sum[i] = first ? acc[i] : sum[i] + acc[i];
-        acc[i] = sum[i];
+        sum.v[i] = first ? acc[i] : sum.v[i] + acc[i];
+        acc[i] = sum.v[i];
       }
     } else {
 #pragma unroll
@@ -315,13 +338,13 @@ class DecodeConsumer {
     SegmentWalk walk(p_.plan, blockIdx.x);
     Segment segment;
     if (!walk.next(segment) || (segment.begin == 0 && segment.end == p_.plan.units)) return;
-    const RowTerms terms(p_.output, first_row(segment.block) + lane_ / 4);
+    const RowTerms terms(output(), first_row(segment.block) + lane_ / 4);
     const Exchange exchange = exchange_of(segment.block);
     if (exchange.mine >= Traits::kBlocks) return;
     const std::uint32_t count = (Traits::kBlocks - exchange.mine + exchange.workers - 1) / exchange.workers;
     ResidualPairs residual;
     const auto ask_for_residual = [&] {
-      residual = ResidualPairs(p_.output, first_row(segment.block), 8 * exchange.mine, lane_);
+      residual = ResidualPairs(output(), first_row(segment.block), 8 * exchange.mine, lane_);
     };
     if constexpr (Traits::kTokens < 32) ask_for_residual();  // no registers left for it with more tokens
     float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
@@ -346,10 +369,20 @@ class DecodeConsumer {
   const DecodeShared<Traits>& shared_;
   const float* scales_;
   std::uint32_t group_, warp_, lane_;
+  OutputParams own_output_;  // of this CTA's tokens, where there are several tiles of them
   WeightFragment next_;
   RingPosition<Traits::kWeightStages> weights_;
   RingPosition<Traits::kTokenStages> tokens_;
 };
+
+// A CTA without work, on a multiprocessor that would be free else: the next kernel's CTAs, which come while
+// this kernel's still hold one place of two on every other multiprocessor, would go there in pairs. It stays
+// until they have come.
+__device__ __forceinline__ void keep_place(std::uint32_t nanoseconds) {
+  ptx::launch_next_kernel();
+  ptx::wait_for_previous_kernel();  // its CTAs' places are the next kernel's
+  __nanosleep(nanoseconds);
+}
 
 template <class Traits, Variant kVariant>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
@@ -364,6 +397,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
   Stopwatch<kVariant == Variant::profile> watch;
   watch.stamp(Stamp::started);
 
+  if constexpr (Traits::kClusters) {
+    if (blockIdx.x >= p.plan.workers) return keep_place(p.keep_nanoseconds);
+  }
   // Once all CTAs are on the multiprocessors the next kernel's may come as soon as there is room.
   ptx::launch_next_kernel();
   WeightProducer<Traits> weights(p, shared);
@@ -390,18 +426,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       ptx::mbarrier_init_fence();
     }
     __syncwarp();
+    // Tokens wait for the barriers alone, consumers for the table and the cluster's other CTAs too.
+    ptx::named_barrier_arrive<64>(kTokensMayCome);
+    ptx::named_barrier_arrive<288>(kReady);
     weights.first();
   } else if (warp == 9) {
     if (ptx::elect_one()) ptx::tensor_prefetch(&token_map);
     __syncwarp();
+    ptx::named_barrier<64>(kTokensMayCome);
   } else {
     build_table(reinterpret_cast<uint2*>(shared_bytes + Traits::kTableOffset), p.levels, threadIdx.x, 256);
+    ptx::named_barrier<288>(kReady);
   }
-  __syncthreads();
-  if constexpr (Traits::kClusters) ptx::cluster_sync();  // the others' barriers
+  if constexpr (Traits::kClusters) ptx::cluster_arrive();
   watch.stamp(Stamp::ready);
 
   if (warp < 8) {
+    // The others' barriers. (Without a cluster the wait would be one for all warps of the CTA, which never
+    // come.)
+    if (Traits::kClusters && p.plan.shares > 1) ptx::cluster_wait();
     DecodeConsumer<Traits, kVariant>(p, shared, scales, warp, lane).run(watch);
     if (threadIdx.x == 0) watch.write(p.profile);
   } else if (warp == 8) {

@@ -34,6 +34,12 @@ struct Choice<32, kDivision> : Depths<32, 7, kDivision == Division::halves ? 4 :
 template <Division kDivision>
 struct Choice<64, kDivision> : Depths<64, 5, 4, kDivision> {};
 
+// CTAs of a launch in clusters: where there are fewer of them than multiprocessors, one each (keep_place).
+inline std::uint32_t places(const SplitPlan& plan, std::uint32_t token_tiles, std::uint32_t multiprocessors) {
+  if (plan.shares > 2) return plan.workers;
+  return std::max(plan.workers, multiprocessors / token_tiles / plan.shares * plan.shares);
+}
+
 template <class Traits>
 void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, std::uint32_t multiprocessors,
                           const GemmOptions& options) {
@@ -53,16 +59,24 @@ void launch_decode_traits(const GemmProblem& problem, const GemmConfig& config, 
               stored_in_pairs(problem)};
   std::copy(w.levels.begin(), w.levels.end(), p.levels.magnitude);
   p.plan = decode_plan(w.rows, w.cols, config, multiprocessors);
+  p.partial = half_scale(w.padded_cols());
   p.workspace = static_cast<uint4*>(options.workspace.data);
   p.dump = problem.dump;
   p.profile = options.profile;
+  // Half of what the launch takes at 4 TB/s: a sleep may last twice as long as asked for.
+  p.keep_nanoseconds = static_cast<std::uint32_t>(std::min<std::uint64_t>(w.rows * w.cols / 16000, 20000));
   p.groups = static_cast<std::uint32_t>(w.groups());
-  const CUtensorMap map =
-      make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols, problem.x.pitch,
-                      static_cast<std::uint32_t>(problem.x.tokens), kGroup);
-  const LaunchShape shape{p.plan.workers,       kDecodeThreads,
-                          Traits::kSharedBytes, Traits::kClusters ? p.plan.shares : 1,
-                          options.programmatic, options.stream};
+  const std::uint32_t token_tiles = decode_token_tiles(problem.x.tokens);
+  p.tile_tokens = (p.output.tokens + token_tiles - 1) / token_tiles;
+  const CUtensorMap map = make_tensor_map(problem.x.x8, ElementType::byte, problem.x.tokens, w.cols,
+                                          problem.x.pitch, p.tile_tokens, kGroup);
+  const LaunchShape shape{Traits::kClusters ? places(p.plan, token_tiles, multiprocessors) : p.plan.workers,
+                          kDecodeThreads,
+                          Traits::kSharedBytes,
+                          Traits::kClusters ? p.plan.shares : 1,
+                          options.programmatic,
+                          options.stream,
+                          token_tiles};
   if (problem.dump != nullptr)
     launch(decode_kernel<Traits, Variant::dump>, shape, "decode kernel, operand dump", map, p);
   else if (options.profile != nullptr)

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/profile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
@@ -16,6 +17,7 @@
 namespace fireq::kernels {
 
 inline constexpr std::uint32_t kDecodeThreads = 320;
+inline constexpr std::uint32_t kMostTokens = 64;  // of a CTA
 inline constexpr std::uint32_t kDecodeSharedLimit =
     115712;  // half of a multiprocessor's 228 KB, less 1 KB a CTA
 
@@ -25,10 +27,13 @@ struct DecodeParams {
   OutputParams output;
   LevelsParam levels;
   SplitPlan plan;
+  HalfScale partial;
   uint4* workspace;
-  std::uint8_t* dump;    // expanded operands [N, Kp], debug kernels only
-  CtaProfile* profile;   // [CTAs], profiled kernels only
-  std::uint32_t groups;  // Kp / 128
+  std::uint8_t* dump;              // expanded operands [N, Kp], debug kernels only
+  CtaProfile* profile;             // [CTAs], profiled kernels only
+  std::uint32_t groups;            // Kp / 128
+  std::uint32_t tile_tokens;       // rows of a token copy: all tokens, or those of each blockIdx.y
+  std::uint32_t keep_nanoseconds;  // how long CTAs without work stay (keep_place)
 };
 
 // How the warpgroups and CTAs divide a matrix.
@@ -44,6 +49,7 @@ struct DecodeTraits {
   static constexpr bool kAhead = kAhead_;  // load codes while those before are expanded
   static constexpr bool kClusters = kDivision_ != Division::grid;  // a cluster a block
   static constexpr bool kHalves = kDivision_ == Division::halves;
+  static constexpr bool kTokenTiles = kClusters && kTokens_ == kMostTokens;  // several along blockIdx.y
   static constexpr std::uint32_t kBlockRows = kHalves ? kHalfRows : kTileRows;
   static constexpr std::uint32_t kParts = kHalves ? 2 : 1;  // of K in a CTA
   static constexpr std::uint32_t kMostShares =              // CTAs of a cluster
@@ -57,12 +63,11 @@ struct DecodeTraits {
   static constexpr std::uint32_t kBlocks =
       kTokens / 8;  // 16 x 8 accumulator blocks of a thread: four values each
   // No registers left for a second set: sums between promotions wait in shared memory. In halves there is no
-  // room for them: K must be short enough for none (longest_half_k), and parts arrive in the token stages.
+  // room for them: they stay in registers as scaled FP16, and parts arrive in the token stages.
   static constexpr bool kSumsInShared = kTokens >= 64 && !kHalves;
-  static constexpr bool kPromotes = !(kTokens >= 64 && kHalves);
-  static constexpr bool kPartsInTokens = !kPromotes;
-  static constexpr std::uint32_t kChunk =  // units between promotions
-      kPromotes ? kPromoteK / (kGroup * kGroups) : 1U << 30U;
+  static constexpr bool kSumsInHalves = kTokens >= 64 && kHalves;
+  static constexpr bool kPartsInTokens = kSumsInHalves;
+  static constexpr std::uint32_t kChunk = kPromoteK / (kGroup * kGroups);  // units between promotions
 
   static constexpr std::uint32_t kTokenGroupBytes = kTokens * kGroup;
   static constexpr std::uint32_t kTokenStageBytes = kStageGroups * kTokenGroupBytes;
@@ -183,17 +188,29 @@ class WeightProducer {
   std::uint64_t policy_ = ptx::evict_first_policy();
 };
 
+// This CTA's tokens.
+struct TokenSpan {
+  std::uint32_t first, count;
+};
+template <class Traits>
+__device__ __forceinline__ TokenSpan token_span(const DecodeParams& p) {
+  if constexpr (!Traits::kTokenTiles) return {0, p.output.tokens};
+  const std::uint32_t first = blockIdx.y * p.tile_tokens;
+  return {first, min(p.tile_tokens, p.output.tokens - first)};
+}
+
 // As many rows as there are tokens: what the others' places hold meets no output.
 template <class Traits>
 __device__ __forceinline__ void fetch_tokens(const DecodeParams& p, const CUtensorMap* map,
                                              const DecodeShared<Traits>& shared, float* scales,
                                              std::uint32_t lane) {
   ptx::wait_for_previous_kernel();
+  const TokenSpan span = token_span<Traits>(p);
   // The scales are asked for first and stored once the first copies are on their way.
   float scale[(Traits::kTokens + 31) / 32];
 #pragma unroll
   for (std::uint32_t i = 0; i < (Traits::kTokens + 31) / 32; ++i)
-    scale[i] = 32 * i + lane < p.output.tokens ? __ldcg(p.token_scale + 32 * i + lane) : 0.0F;
+    scale[i] = 32 * i + lane < span.count ? __ldcg(p.token_scale + span.first + 32 * i + lane) : 0.0F;
   bool stored = false;
   const auto store_scales = [&] {
 #pragma unroll
@@ -211,11 +228,11 @@ __device__ __forceinline__ void fetch_tokens(const DecodeParams& p, const CUtens
       ptx::mbarrier_wait(shared.token_empty(ring.index), ring.parity ^ 1U);
       if (ptx::elect_one()) {
         const std::uint32_t full = shared.token_full(ring.index);
-        ptx::mbarrier_expect(full, Traits::kStageGroups * kGroup * p.output.tokens);
+        ptx::mbarrier_expect(full, Traits::kStageGroups * kGroup * p.tile_tokens);
 #pragma unroll
         for (std::uint32_t kg = 0; kg < Traits::kStageGroups; ++kg)  // past K the copy writes zeros
           ptx::tensor_load(shared.tokens(ring.index) + kg * Traits::kTokenGroupBytes, map,
-                           (unit * Traits::kStageGroups + kg) * kGroup, 0, full);
+                           (unit * Traits::kStageGroups + kg) * kGroup, span.first, full);
       }
       __syncwarp();
       ring.advance();

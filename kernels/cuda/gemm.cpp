@@ -86,7 +86,8 @@ void run(const GemmProblem& problem, const GemmOptions& options) {
     case Route::portable:
       return launch_portable(problem, options);
     case Route::decode:
-      if (problem.x.tokens > config.token_tile)
+      if (problem.x.tokens >
+          (config.token_tile == 64 && one_block_a_cluster(config) ? kMostDecodeTokens : config.token_tile))
         throw Error(ErrorKind::usage, "more tokens than the configuration's tile")
             .expected(to_string(config))
             .found(std::to_string(problem.x.tokens));

@@ -3,6 +3,10 @@
 // counters and no fences, and sums are made in a fixed order: the same bits every time.
 #pragma once
 
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/split_plan.hpp"
@@ -15,6 +19,37 @@ inline constexpr std::uint32_t kEmpty = 0xffffffffU;
 __device__ __forceinline__ uint4 as_words(const float* v) {
   return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
                     __float_as_uint(v[3]));
+}
+
+// Powers of two that bring the partial sums of a matrix into FP16's range, and back: 2^-12 relative, far
+// below what bf16 output rounds away.
+struct HalfScale {
+  float down = 1.0F, up = 1.0F;
+};
+// No partial sum exceeds K * 448^2; FP16 holds 65504.
+inline HalfScale half_scale(std::uint64_t padded_cols) {
+  const double largest = static_cast<double>(padded_cols) * 448.0 * 448.0 / 65504.0;
+  const int exponent = std::max(0, static_cast<int>(std::ceil(std::log2(largest))));
+  return {std::ldexp(1.0F, -exponent), std::ldexp(1.0F, exponent)};
+}
+// Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16; and added to others.
+__device__ __forceinline__ uint4 pack_halves(const float* v, HalfScale scale) {
+  std::uint32_t w[4];
+#pragma unroll
+  for (std::uint32_t j = 0; j < 4; ++j) {
+    const __half2 h = __floats2half2_rn(v[2 * j] * scale.down, v[2 * j + 1] * scale.down);
+    w[j] = *reinterpret_cast<const std::uint32_t*>(&h);
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+__device__ __forceinline__ void add_halves(uint4 packed, HalfScale scale, float* v) {
+  const std::uint32_t w[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (std::uint32_t j = 0; j < 4; ++j) {
+    const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w[j]));
+    v[2 * j] = __fmaf_rn(f.x, scale.up, v[2 * j]);
+    v[2 * j + 1] = __fmaf_rn(f.y, scale.up, v[2 * j + 1]);
+  }
 }
 
 // Codes of NaN operands could still carry all ones through; any other NaN will do.

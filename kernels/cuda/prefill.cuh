@@ -18,7 +18,6 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -187,24 +186,11 @@ class PrefillConsumer {
                                     condition && ptx::arrives(lane_, 1));
   }
 
-  // Eight accumulators (two blocks of 16 rows x 8 tokens) as scaled FP16, and back.
   __device__ __forceinline__ uint4 pack(const float* v) const {
-    std::uint32_t w[4];
-#pragma unroll
-    for (std::uint32_t j = 0; j < 4; ++j) {
-      const __half2 h = __floats2half2_rn(v[2 * j] * p_.partial_scale, v[2 * j + 1] * p_.partial_scale);
-      w[j] = *reinterpret_cast<const std::uint32_t*>(&h);
-    }
-    return make_uint4(w[0], w[1], w[2], w[3]);
+    return pack_halves(v, p_.partial);
   }
   __device__ __forceinline__ void add(uint4 packed, float* v) const {
-    const std::uint32_t w[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (std::uint32_t j = 0; j < 4; ++j) {
-      const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&w[j]));
-      v[2 * j] = __fmaf_rn(f.x, p_.partial_unscale, v[2 * j]);
-      v[2 * j + 1] = __fmaf_rn(f.y, p_.partial_unscale, v[2 * j + 1]);
-    }
+    add_halves(packed, p_.partial, v);
   }
 
   __device__ __forceinline__ std::uint32_t partial_address(std::uint32_t i) const {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "kernels/cuda/kernels.hpp"
 #include "kernels/cuda/prefill.cuh"
@@ -38,11 +37,7 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
   p.token_tiles = static_cast<std::uint32_t>((problem.x.tokens + Traits::kTokens - 1) / Traits::kTokens);
   const std::uint32_t chunks = (p.groups + kPromoteGroups - 1) / kPromoteGroups;
   p.chunk = (p.groups + chunks - 1) / chunks;
-  // No partial sum exceeds K * 448^2; FP16 holds 65504.
-  const double largest = static_cast<double>(w.padded_cols()) * 448.0 * 448.0 / 65504.0;
-  const int exponent = std::max(0, static_cast<int>(std::ceil(std::log2(largest))));
-  p.partial_scale = std::ldexp(1.0F, -exponent);
-  p.partial_unscale = std::ldexp(1.0F, exponent);
+  p.partial = half_scale(w.padded_cols());
   p.tensor_output = problem.y.pitch % 8 == 0 && reinterpret_cast<std::uintptr_t>(problem.y.data) % 16 == 0;
   p.vector_residual = problem.epilogue.residual_pitch % 8 == 0 &&
                       reinterpret_cast<std::uintptr_t>(problem.epilogue.residual) % 16 == 0;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/partials.cuh"
 #include "kernels/cuda/profile.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/weight_tile.cuh"
@@ -38,10 +39,9 @@ struct PrefillParams {
   std::uint32_t row_tiles;    // ceil(N / 128)
   std::uint32_t token_tiles;  // ceil(M / kTokens)
   std::uint32_t chunk;        // groups between promotions
-  float partial_scale;        // a power of two that brings any partial sum into FP16's range
-  float partial_unscale;      // its inverse
-  bool tensor_output;         // output rows are 16-byte aligned: stored by the copy engine
-  bool vector_residual;       // residual rows are 16-byte aligned
+  HalfScale partial;
+  bool tensor_output;    // output rows are 16-byte aligned: stored by the copy engine
+  bool vector_residual;  // residual rows are 16-byte aligned
 };
 
 // As many stages as shared memory has room for beside the table and the staging buffer.

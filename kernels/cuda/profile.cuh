@@ -35,8 +35,12 @@ class Stopwatch<true> {
     profile_.waited[static_cast<int>(w)] += static_cast<std::uint64_t>(clock64() - begin_);
   }
   __device__ __forceinline__ void write(CtaProfile* out) const {
-    out[blockIdx.x] = profile_;
-    out[blockIdx.x].cycles = static_cast<std::uint64_t>(clock64() - start_);
+    out += blockIdx.y * gridDim.x + blockIdx.x;
+    *out = profile_;
+    std::uint32_t sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    out->multiprocessor = sm;
+    out->cycles = static_cast<std::uint64_t>(clock64() - start_);
   }
 
  private:

@@ -189,6 +189,10 @@ template <int kThreads>
 __device__ __forceinline__ void named_barrier(std::uint32_t id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_arrive(std::uint32_t id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
 template <int kRegisters>
 __device__ __forceinline__ void registers_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

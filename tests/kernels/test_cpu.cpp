@@ -66,18 +66,22 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
 TEST(GemmConfig, ChoiceIsOneOfTheConfigurations) {
   const DeviceInfo hopper{90, 132, "test", 30, 15};
   const DeviceInfo ampere{80, 108, "test"};
-  for (const std::uint64_t m : {1U, 8U, 9U, 16U, 17U, 32U, 33U, 64U, 65U, 128U, 129U, 5000U}) {
+  for (const std::uint64_t m : {1U, 8U, 9U, 16U, 17U, 32U, 33U, 64U, 65U, 128U, 129U, 256U, 257U, 5000U}) {
     for (const auto& device : {hopper, ampere}) {
       for (const WeightLayout layout : {WeightLayout::row, WeightLayout::sm90}) {
-        const GemmChoice choice = choose_gemm(device, layout, m, 4096, 4096);
-        EXPECT_THAT(gemm_configs(device, layout, m, 4096), ::testing::Contains(choice.config))
-            << to_string(choice.config);
-        EXPECT_FALSE(choice.reason.empty());
-        if (device.compute_capability == 80) {
-          EXPECT_EQ(choice.config.route, Route::portable);
-        }
-        if (choice.config.route == Route::decode) {
-          EXPECT_GE(choice.config.token_tile, m);
+        for (const auto& [n, k] :
+             {std::pair{4096U, 4096U}, {1000U, 4096U}, {6144U, 4096U}, {4096U, 14336U}}) {
+          const GemmChoice choice = choose_gemm(device, layout, m, n, k);
+          EXPECT_THAT(gemm_configs(device, layout, m), ::testing::Contains(choice.config))
+              << to_string(choice.config);
+          EXPECT_FALSE(choice.reason.empty());
+          if (device.compute_capability == 80) {
+            EXPECT_EQ(choice.config.route, Route::portable);
+          }
+          if (choice.config.route == Route::decode) {
+            EXPECT_GE(choice.config.token_tile * (choice.config.token_tile == 64 ? decode_token_tiles(m) : 1),
+                      m);
+          }
         }
       }
     }

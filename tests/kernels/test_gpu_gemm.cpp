@@ -135,7 +135,7 @@ class GemmTest : public GpuTest {
     const Product expected = definition_product(t, l, definition_operands(l));
     // With few outputs the roundings to bf16, up to 2^-8 each, do not average out.
     if (c.m * c.n < 1024) limit = std::max(limit, 3.9e-3);
-    for (const GemmConfig& config : gemm_configs(device, WeightLayout::sm90, c.m, c.k)) {
+    for (const GemmConfig& config : gemm_configs(device, WeightLayout::sm90, c.m)) {
       const bool plain_only = config.route == Route::cublas;
       if (plain_only && (c.n % 8 != 0 || c.k % 16 != 0 || per_tensor)) continue;
       check(l, d, t, expected, config, false, limit);
@@ -207,7 +207,7 @@ TEST_F(GemmTest, SmallOperandsAreTheDefinitionsBitForBit) {
       DeviceBuffer<std::uint8_t> out(expected.size());
       for (const WeightRef& w : {d.row, d.sm90}) {
         for (const std::uint64_t m : {1U, 9U, 17U, 33U, 65U}) {
-          for (const GemmConfig& config : gemm_configs(device, w.layout, m, k)) {
+          for (const GemmConfig& config : gemm_configs(device, w.layout, m)) {
             if (config.route == Route::cublas) continue;
             SCOPED_TRACE(to_string(config) + " " + std::to_string(n) + " x " + std::to_string(k));
             out.fill(0x7f);
@@ -305,7 +305,7 @@ TEST_F(GemmTest, RepeatedRunsAgree) {
     TokensRef x = t.ref();
     x.x8 = x8.get();
     x.scale = scale.get();
-    for (const GemmConfig& config : gemm_configs(device, WeightLayout::sm90, m, k)) {
+    for (const GemmConfig& config : gemm_configs(device, WeightLayout::sm90, m)) {
       if (config.route == Route::portable || config.route == Route::cublas) continue;
       GemmOptions options;
       options.workspace = workspace;

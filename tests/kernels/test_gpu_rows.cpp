@@ -6,6 +6,7 @@
 #include "kernels/cpu_twin.hpp"
 #include "kernels/device_memory.hpp"
 #include "kernels/gemm_config.hpp"
+#include "tests/kernels/division_check.hpp"
 #include "tests/kernels/problem.hpp"
 
 namespace fireq::kernels::testing {
@@ -200,6 +201,10 @@ TEST_F(RowTest, SmallSiluMulAndQuantiser) {
 }
 TEST_F(RowTest, SiluMulAndQuantiserOfManyRows) {
   silu_mul_and_quantiser(kManyRows);
+}
+
+TEST_F(RowTest, DivisionIsIeees) {
+  EXPECT_EQ(wrong_quotients(), 0U);
 }
 
 TEST_F(RowTest, RefusesImpossibleShapes) {
