@@ -29,6 +29,7 @@
     while (x >= 1000 && i < units.length - 1) { x /= 1000; ++i; }
     return `${x.toFixed(i === 0 ? 0 : 1)} ${units[i]}`;
   };
+  const counted = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
   const unique = (values) => [...new Set(values)];
   const shortName = (name) => name.replace(/^model\.layers\.\d+\./, "");
   const layerOf = (name) => Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? NaN);
@@ -135,7 +136,7 @@
     fact("Levels", doc.levels && doc.levels.map((x) => number(x)).join(", "));
     fact("Second-level scales", doc.row_scale && { row: "one per row", tensor: "one per tensor" }[doc.row_scale]);
     fact("Layout", doc.layout);
-    fact("Calibration", doc.tokens && `${number(doc.tokens)} tokens in ${number(doc.windows)} windows`);
+    fact("Calibration", doc.tokens && `${counted(doc.tokens, "token")} in ${counted(doc.windows, "window")}`);
     fact("Preset", doc.recipe?.preset);
     fact("Source fingerprint", doc.source_fingerprint);
     fact("Calibration fingerprint", doc.calibration_fingerprint);
@@ -238,6 +239,7 @@
   };
 
   const PRECISIONS = { int4: "4 bits", fp8: "FP8", original: "as it was" };
+  const PRECISION_COLOURS = { int4: "#1c7ed6", fp8: "#2f9e44", original: "#e8750a" }; // the same in every plot
   const precisionName = (p) => PRECISIONS[p] ?? p;
   const precisions = () => {
     if (!doc.modules?.length) return;
@@ -248,14 +250,14 @@
     const list = make("div", { class: "facts" });
     for (const [p, of] of counts) {
       const size = of.reduce((sum, m) => sum + m.bytes, 0);
-      list.append(make("div", {}, make("span", {}, PRECISIONS[p]), `${number(of.length)} module${of.length === 1 ? "" : "s"}, ${bytes(size)} (${percent(size / total)})`));
+      list.append(make("div", {}, make("span", {}, PRECISIONS[p]), `${counted(of.length, "module")}, ${bytes(size)} (${percent(size / total)})`));
     }
     part.append(list);
     const places = unique(doc.modules.map((m) => m.layer)).sort((a, b) => (a ?? -1) - (b ?? -1));
     const node = plotNode("bytes by layer and precision");
     part.append(node);
     plot(node, () => ({
-      traces: counts.map(([p, of]) => ({ type: "bar", name: PRECISIONS[p], x: places.map((l) => (l === null ? "outside" : String(l))),
+      traces: counts.map(([p, of]) => ({ type: "bar", name: PRECISIONS[p], marker: { color: PRECISION_COLOURS[p] }, x: places.map((l) => (l === null ? "outside" : String(l))),
         y: places.map((l) => of.filter((m) => m.layer === l).reduce((sum, m) => sum + m.bytes, 0)),
         hovertemplate: "layer %{x}: %{y} bytes<extra>" + PRECISIONS[p] + "</extra>" })),
       extra: { height: 340, barmode: "stack", xaxis: { type: "category", title: { text: "layer" } }, yaxis: { title: { text: "bytes" } } },
@@ -272,9 +274,9 @@
     const sorted = [...rows].sort((x, y) => x.kl_int4 - y.kl_int4).slice(-40);
     const node = plotNode("KL of each linear in 4 bits and in FP8");
     part.append(...titled(sorted.length < rows.length ? `The ${sorted.length} most sensitive` : "The most sensitive first", node));
-    const bar = (key, name) => ({ type: "bar", orientation: "h", name, y: sorted.map((r) => r.linears), x: sorted.map((r) => r[key]), customdata: sorted.map((r) => precisionName(r.precision)),
-      hovertemplate: "%{y}: KL %{x:.3g}, stored: %{customdata}<extra>" + name + "</extra>" });
-    plot(node, () => ({ traces: [bar("kl_int4", "in 4 bits"), bar("kl_fp8", "in FP8")],
+    const bar = (key, p) => ({ type: "bar", orientation: "h", name: "in " + PRECISIONS[p], marker: { color: PRECISION_COLOURS[p] }, y: sorted.map((r) => r.linears), x: sorted.map((r) => r[key]), customdata: sorted.map((r) => precisionName(r.precision)),
+      hovertemplate: "%{y}: KL %{x:.3g}, stored: %{customdata}<extra>in " + PRECISIONS[p] + "</extra>" });
+    plot(node, () => ({ traces: [bar("kl_int4", "int4"), bar("kl_fp8", "fp8")],
       extra: { height: 140 + 22 * sorted.length, barmode: "group", xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
     table(part, "plan-table", [["linears", "linear"], ["precision", "stored in", precisionName], ["kl_int4", "KL in 4 bits"], ["kl_fp8", "KL in FP8"],
       ["bytes_int4", "bytes in 4 bits"], ["bytes_fp8", "in FP8"], ["bytes_original", "as it was"]], rows, ["kl_int4", true]);
