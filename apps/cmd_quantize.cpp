@@ -7,6 +7,7 @@
 #include "apps/commands.hpp"
 #include "apps/cost_report.hpp"
 #include "apps/precision_plan.hpp"
+#include "apps/time_report.hpp"
 #include "calib/plan.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/sensitivity.hpp"
@@ -145,7 +146,7 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
 }
 
 int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
-            const std::optional<calib::PrecisionPlan>& chosen, const nlohmann::json& expected) {
+            const std::optional<calib::PrecisionPlan>& chosen, nlohmann::json out) {
   const calib::QuantizePlan plan = calib::plan_quantization(source, options);
   for (const auto& l : plan.linears) {
     report.line(fmt::format("{:<44} {:>6} x {:<6} {:<8} {:>10} -> {}", l.name, l.rows, l.cols,
@@ -166,14 +167,13 @@ int dry_run(const Report& report, const calib::WeightSource& source, const calib
                             bytes_text(chosen->memory), seconds_text(chosen->seconds)));
   }
   report.line("nothing was written");
-  nlohmann::json out = plan_json(plan);
+  out.update(plan_json(plan));
   out["dry_run"] = true;
   if (chosen) {
     out["plan"] = precision_plan_json(*chosen);
     out["plan"]["seconds"] = chosen->seconds;
     out["plan"]["peak_memory"] = chosen->memory;
   }
-  out["expected"] = expected;
   out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
   report.json(out);
   return 0;
@@ -220,6 +220,9 @@ int run(const Arguments& a) {
   options.threads = a.common.threads;
   options.tool_version = tool_version();
   const auto source = calib::open_weights(a.model);
+  if (!a.dry_run) {
+    formats::FireqWriter::refuse_early(formats::real_file_system(), a.out, a.model, options.mode, a.force);
+  }
   if (const formats::Int4Scheme* scheme = source->imported()) {
     progress.warning(
         fmt::format("{} was quantised by {} to 4 bits: this adds a second error to its own; "
@@ -228,12 +231,18 @@ int run(const Arguments& a) {
   }
   obtain_text(a, *source, options, progress);
   const Report report(a.common, progress);
+  const calib::PrecisionGoal goal = goal_of(a);
+  std::optional<calib::TimePlan> time;
+  if (!source->packed() && (!a.common.quiet || !a.common.json_path.empty())) {
+    time = calib::plan_time(*source, options, goal);
+    print_time(report, time);
+  }
   std::optional<calib::TextFit> fit;
   if (options.calibration && !a.dry_run) {
     fit = check_text(a.text, *source, *options.calibration, a.common.threads, progress);
   }
   std::optional<calib::PrecisionPlan> plan;
-  if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
+  if (goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
     options.recipe = plan->recipe;
     options.side_files.emplace_back(kPrecisionPlanFile, precision_plan_json(*plan).dump(2) + "\n");
@@ -241,7 +250,11 @@ int run(const Arguments& a) {
   }
   const std::optional<ExpectedCost> expected = expected_cost(options.recipe);
   print_expected(report, expected, options.recipe);
-  if (a.dry_run) return dry_run(report, *source, options, plan, expected_json(expected, options.recipe));
+  if (a.dry_run) {
+    return dry_run(
+        report, *source, options, plan,
+        {{"expected", expected_json(expected, options.recipe)}, {"expected_time", time_json(time)}});
+  }
 
   const calib::QuantizeResult result = quantize(*source, options, progress);
   const double share =
@@ -284,6 +297,7 @@ int run(const Arguments& a) {
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
                {"expected", expected_json(expected, options.recipe)},
+               {"expected_time", time_json(time)},
                {"measured", measured_json(result)},
                {"not_measured", result.measured ? nlohmann::json(nullptr) : nlohmann::json(why_not)},
                {"text", fit ? text_json(*fit) : nlohmann::json(nullptr)},

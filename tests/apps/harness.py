@@ -282,6 +282,8 @@ def main():
     """unittest.main with ctest's skip code."""
     if not FIREQ.exists():
         sys.exit(f"{FIREQ} is not built")
+    # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     program = unittest.main(module="__main__", exit=False, verbosity=2)
     result = program.result
     for test, reason in result.skipped:
