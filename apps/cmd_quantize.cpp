@@ -6,6 +6,7 @@
 
 #include "apps/commands.hpp"
 #include "apps/cost_report.hpp"
+#include "apps/dry_run.hpp"
 #include "apps/precision_plan.hpp"
 #include "apps/time_report.hpp"
 #include "calib/plan.hpp"
@@ -122,61 +123,6 @@ std::string unmeasured(const Arguments& a, const calib::QuantizeOptions& options
   if (!a.text.given()) return "no text was given";
   return "the text is too short to hold a window back: give more of it, or ask for shorter windows "
          "(--length)";
-}
-
-nlohmann::json plan_json(const calib::QuantizePlan& plan) {
-  nlohmann::json linears = nlohmann::json::array();
-  for (const auto& l : plan.linears) {
-    linears.push_back({{"name", l.name},
-                       {"rows", l.rows},
-                       {"cols", l.cols},
-                       {"precision", calib::precision_name(l.precision)},
-                       {"bytes_before", l.bytes_before},
-                       {"bytes_after", l.bytes_after}});
-  }
-  nlohmann::json kept = nlohmann::json::array();
-  for (const auto& [name, why] : plan.kept) kept.push_back({{"name", name}, {"why", why}});
-  return {{"linears", linears},
-          {"kept", kept},
-          {"bytes_before", plan.bytes_before},
-          {"bytes_after", plan.bytes_after},
-          {"peak_memory", plan.peak_memory},
-          {"largest_layer_fp32", plan.largest_layer_fp32},
-          {"calibration_bytes", plan.calibration_bytes}};
-}
-
-int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
-            const std::optional<calib::PrecisionPlan>& chosen, nlohmann::json out) {
-  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
-  for (const auto& l : plan.linears) {
-    report.line(fmt::format("{:<44} {:>6} x {:<6} {:<8} {:>10} -> {}", l.name, l.rows, l.cols,
-                            calib::precision_name(l.precision), bytes_text(l.bytes_before),
-                            bytes_text(l.bytes_after)));
-  }
-  for (const auto& [name, why] : plan.kept)
-    report.line(
-        fmt::format("{:<44} {}: {}", name, why.ends_with("in FP8") ? "quantised" : "not quantised", why));
-  report.line(
-      fmt::format("\nsize {} -> {} ({:.1f} %)", bytes_text(plan.bytes_before), bytes_text(plan.bytes_after),
-                  100.0 * static_cast<double>(plan.bytes_after) / static_cast<double>(plan.bytes_before)));
-  report.line(fmt::format("peak memory at most {} (largest layer in FP32 {}, calibration activations {})",
-                          bytes_text(plan.peak_memory), bytes_text(plan.largest_layer_fp32),
-                          bytes_text(plan.calibration_bytes)));
-  if (chosen) {
-    report.line(fmt::format("choosing precisions: peak memory at most {}, {} this time, and as long in a run",
-                            bytes_text(chosen->memory), seconds_text(chosen->seconds)));
-  }
-  report.line("nothing was written");
-  out.update(plan_json(plan));
-  out["dry_run"] = true;
-  if (chosen) {
-    out["plan"] = precision_plan_json(*chosen);
-    out["plan"]["seconds"] = chosen->seconds;
-    out["plan"]["peak_memory"] = chosen->memory;
-  }
-  out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
-  report.json(out);
-  return 0;
 }
 
 calib::QuantizeResult quantize(const calib::WeightSource& source, const calib::QuantizeOptions& options,
@@ -340,7 +286,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
   cmd->add_flag("--resume", a->resume, "Continue a run that was stopped");
   cmd->add_flag("--restart", a->restart, "Throw a stopped run away and start again");
   cmd->add_flag("--force", a->force, "Replace an existing output");
-  cmd->add_flag("--dry-run", a->dry_run, "Print sizes, plan and peak memory; write nothing");
+  cmd->add_flag("--dry-run", a->dry_run, "Print expected time, sizes, plan and peak memory; write nothing");
   cmd->add_option("--layout", a->layout, "row, or sm90 (the tiles of the Hopper kernels)")
       ->check(CLI::IsMember({"row", "sm90"}))
       ->capture_default_str();

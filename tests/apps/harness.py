@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-FIREQ = Path(os.environ.get("FIREQ", ROOT / "build/release/bin/fireq"))
-DATA = Path(os.environ.get("FIREQ_DATA", ROOT / "build/data"))
+# Absolute: tests run commands in other folders.
+FIREQ = Path(os.environ.get("FIREQ", ROOT / "build/release/bin/fireq")).absolute()
+DATA = Path(os.environ.get("FIREQ_DATA", ROOT / "build/data")).absolute()
 STORIES_15M = DATA / "models/stories15M"
 STORIES_260K = DATA / "models/stories260K"
 STORIES_260K_BF16 = DATA / "models/stories260K-bf16"
