@@ -68,6 +68,7 @@ std::string name_of_all(const std::vector<const Item*>& group, const NameOf& nam
   const Place first = place_of(name_of(*group.front()));
   if (!first.layer) return first.before;
   std::vector<std::uint64_t> layers;
+  layers.reserve(group.size());
   for (const Item* item : group) layers.push_back(*place_of(name_of(*item)).layer);
   return first.before + ranges(std::move(layers)) + first.after;
 }
