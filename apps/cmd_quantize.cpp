@@ -179,7 +179,8 @@ int run(const Arguments& a) {
   const Report report(a.common, progress);
   const calib::PrecisionGoal goal = goal_of(a);
   std::optional<calib::TimePlan> time;
-  if (!source->packed() && (!a.common.quiet || !a.common.json_path.empty())) {
+  // A resumed run has less before it than the whole that is counted.
+  if (!source->packed() && !a.resume && (!a.common.quiet || !a.common.json_path.empty())) {
     time = calib::plan_time(*source, options, goal);
     print_time(report, time);
   }

@@ -71,8 +71,8 @@ struct Rates {
   double load = 0;         // a weight, read, converted and packed
   double product = 0;      // a multiply-add of a forward pass
   double observed = 0;     // the same while statistics are collected
-  double centre = 0;       // a layer's keys tried less their mean
   double quantised = 0;    // the same with the cache in 4 bits, and all else that a packed folder quantises
+  double centre = 0;       // a layer's keys tried less their mean
   double fold = 0;         // a weight, when the recipe's factors are made and folded in
   double round = 0;        // a weight, to 4 bits, each for itself
   double joint = 0;        // a unit of joint_units, threads sharing one linear

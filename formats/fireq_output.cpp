@@ -132,10 +132,14 @@ OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& s
 
 void OutputFolder::refuse_early(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
                                 bool force) {
-  const OutputFolder folder(fs, std::move(out), source_folder, force);
+  OutputFolder folder(fs, std::move(out), source_folder, force);
   if (!path_exists(folder.partial_)) return;
-  LockFile::refuse_held(folder.partial_);
-  folder.refuse_existing();
+  if (path_exists(folder.out_)) {
+    folder.lock_.acquire(fs, folder.partial_);
+    folder.settle();
+  } else {
+    LockFile::refuse_held(folder.partial_);
+  }
   if (path_exists(folder.files_)) folder.refuse_unfinished(mode);
 }
 
@@ -143,10 +147,7 @@ OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& s
                            bool force, const std::array<std::string, 3>& fingerprints)
     : OutputFolder(fs, std::move(out), source_folder, force) {
   lock_.acquire(fs_, partial_);
-  recover();
-  // Killed after the output was complete: nothing is left here but the lock.
-  if (!force && path_exists(out_) && !has_work()) fs_.remove_all(partial_);
-  refuse_existing();
+  settle();
   refuse_unfinished(mode);
   if (mode == Mode::resume && has_work()) {
     load(fingerprints);
@@ -154,6 +155,13 @@ OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& s
     clear();
   }
   begin(fingerprints);
+}
+
+void OutputFolder::settle() {
+  recover();
+  // Killed after the output was complete: nothing is left here but the lock.
+  if (!force_ && path_exists(out_) && !has_work()) fs_.remove_all(partial_);
+  refuse_existing();
 }
 
 void OutputFolder::refuse_unfinished(Mode mode) const {

@@ -62,6 +62,7 @@ class OutputFolder {
   using Mode = FireqWriter::Mode;
   // Names and what can be refused by them alone; makes nothing.
   OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, bool force);
+  void settle();  // what a killed run left, under the lock
   void refuse_unfinished(Mode mode) const;
   void refuse_overlap(const std::string& source_folder) const;
   void refuse_existing() const;
