@@ -16,6 +16,7 @@
 #include "calib/validate.hpp"
 #include "common/error.hpp"
 #include "formats/fireq_folder.hpp"
+#include "libquant/levels.hpp"
 
 namespace fireq::apps {
 namespace {
@@ -170,8 +171,11 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
   json["source_fingerprint"] = q.source_fingerprint;
   json["calibration_fingerprint"] = q.calibration_fingerprint;
   json["packed"] = nlohmann::json::array();
-  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target,
-                          q.levels_int4 ? "int4" : "own", q.row_scale_per_row ? "row" : "tensor",
+  const char* const levels = q.levels_int4                                      ? "int4"
+                             : q.levels == libquant::Levels::normal().magnitude ? "normal"
+                                                                                : "own";
+  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target, levels,
+                          q.row_scale_per_row ? "row" : "tensor",
                           q.layout == formats::WeightLayout::row ? "row" : "sm90",
                           bytes_text(source.reader().total_bytes()), q.tool_version));
   print_packed(report, calib::inspect_packed(source, a.layer, progress), json["packed"]);
