@@ -152,7 +152,7 @@ void add_ffn(CLI::App& parent, std::function<int()>& run) {
 
 void add_bench(CLI::App& app, std::function<int()>& run) {
   CLI::App* bench =
-      app.add_subcommand("bench", "speed of the GPU kernels (needs a build with CUDA, and a GPU)");
+      app.add_subcommand("bench", "Speed of the GPU kernels (needs a build with CUDA, and a GPU)");
   bench->require_subcommand(1);
   add_gemm(*bench, run);
   add_ffn(*bench, run);

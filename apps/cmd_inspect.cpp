@@ -16,6 +16,7 @@
 #include "calib/validate.hpp"
 #include "common/error.hpp"
 #include "formats/fireq_folder.hpp"
+#include "libquant/levels.hpp"
 
 namespace fireq::apps {
 namespace {
@@ -170,8 +171,11 @@ void inspect_packed_folder(const Arguments& a, const calib::WeightSource& source
   json["source_fingerprint"] = q.source_fingerprint;
   json["calibration_fingerprint"] = q.calibration_fingerprint;
   json["packed"] = nlohmann::json::array();
-  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target,
-                          q.levels_int4 ? "int4" : "own", q.row_scale_per_row ? "row" : "tensor",
+  const char* const levels = q.levels_int4                                      ? "int4"
+                             : q.levels == libquant::Levels::normal().magnitude ? "normal"
+                                                                                : "own";
+  report.line(fmt::format("{}: {} levels, {} scales, layout {}, {} of tensors, made by {}", a.target, levels,
+                          q.row_scale_per_row ? "row" : "tensor",
                           q.layout == formats::WeightLayout::row ? "row" : "sm90",
                           bytes_text(source.reader().total_bytes()), q.tool_version));
   print_packed(report, calib::inspect_packed(source, a.layer, progress), json["packed"]);
@@ -202,24 +206,28 @@ int run(const Arguments& a) {
   if (a.text.text.given() && a.reference.empty()) {
     throw Error(ErrorKind::usage, "--text compares with a reference").hint("add --reference HF_DIR");
   }
+  // A page has what the tables have, and can be read.
+  CommonOptions of_tables = a.common;
+  of_tables.quiet = of_tables.quiet || !a.html.empty();
+  const Report tables(of_tables, progress);
   if (statistics) {
     json["kind"] = "statistics";
-    inspect_file(a, a.target, calib::preset_recipe("paper"), false, report, json, profiles);
+    inspect_file(a, a.target, calib::preset_recipe("paper"), false, tables, json, profiles);
   } else if (source->packed()) {
-    inspect_packed_folder(a, *source, report, progress, json, profiles);
+    inspect_packed_folder(a, *source, tables, progress, json, profiles);
   } else {
     json["kind"] = "model";
     json["bytes"] = source->reader().total_bytes();
     if (const formats::Int4Scheme* scheme = source->imported()) {
       json["imported"] = {{"method", formats::int4_method(scheme->format)},
                           {"group_size", scheme->group_size}};
-      report.line(fmt::format("{}: quantised by {} to 4 bits, {}; what follows are its dequantised weights",
+      tables.line(fmt::format("{}: quantised by {} to 4 bits, {}; what follows are its dequantised weights",
                               a.target, formats::int4_method(scheme->format),
                               scheme->group_size == 0 ? std::string("one group a row")
                                                       : fmt::format("groups of {}", scheme->group_size)));
     }
     json["weights"] = nlohmann::json::array();
-    print_rows(report, calib::inspect_weights(*source, a.outliers, a.layer, a.common.threads, progress),
+    print_rows(tables, calib::inspect_weights(*source, a.outliers, a.layer, a.common.threads, progress),
                "linear (input channels)", json["weights"]);
   }
   if (!a.html.empty()) {
@@ -242,7 +250,8 @@ void add_inspect(CLI::App& app, Runner& runner) {
   cmd->add_option("--outliers", a->outliers, "Channels to name in each row")
       ->transform(whole_number(0, 64))
       ->capture_default_str();
-  cmd->add_option("--html", a->html, "Write the whole picture as one page that opens from disk")
+  cmd->add_option("--html", a->html,
+                  "Write the whole picture as one page that opens from disk, and print no tables")
       ->type_name("FILE");
   cmd->add_option("--reference", a->reference,
                   "Of a FireQ folder: the original model, to measure each linear's error")

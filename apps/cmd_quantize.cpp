@@ -6,7 +6,9 @@
 
 #include "apps/commands.hpp"
 #include "apps/cost_report.hpp"
+#include "apps/dry_run.hpp"
 #include "apps/precision_plan.hpp"
+#include "apps/time_report.hpp"
 #include "calib/plan.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/sensitivity.hpp"
@@ -123,62 +125,6 @@ std::string unmeasured(const Arguments& a, const calib::QuantizeOptions& options
          "(--length)";
 }
 
-nlohmann::json plan_json(const calib::QuantizePlan& plan) {
-  nlohmann::json linears = nlohmann::json::array();
-  for (const auto& l : plan.linears) {
-    linears.push_back({{"name", l.name},
-                       {"rows", l.rows},
-                       {"cols", l.cols},
-                       {"precision", calib::precision_name(l.precision)},
-                       {"bytes_before", l.bytes_before},
-                       {"bytes_after", l.bytes_after}});
-  }
-  nlohmann::json kept = nlohmann::json::array();
-  for (const auto& [name, why] : plan.kept) kept.push_back({{"name", name}, {"why", why}});
-  return {{"linears", linears},
-          {"kept", kept},
-          {"bytes_before", plan.bytes_before},
-          {"bytes_after", plan.bytes_after},
-          {"peak_memory", plan.peak_memory},
-          {"largest_layer_fp32", plan.largest_layer_fp32},
-          {"calibration_bytes", plan.calibration_bytes}};
-}
-
-int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
-            const std::optional<calib::PrecisionPlan>& chosen, const nlohmann::json& expected) {
-  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
-  for (const auto& l : plan.linears) {
-    report.line(fmt::format("{:<44} {:>6} x {:<6} {:<8} {:>10} -> {}", l.name, l.rows, l.cols,
-                            calib::precision_name(l.precision), bytes_text(l.bytes_before),
-                            bytes_text(l.bytes_after)));
-  }
-  for (const auto& [name, why] : plan.kept)
-    report.line(
-        fmt::format("{:<44} {}: {}", name, why.ends_with("in FP8") ? "quantised" : "not quantised", why));
-  report.line(
-      fmt::format("\nsize {} -> {} ({:.1f} %)", bytes_text(plan.bytes_before), bytes_text(plan.bytes_after),
-                  100.0 * static_cast<double>(plan.bytes_after) / static_cast<double>(plan.bytes_before)));
-  report.line(fmt::format("peak memory at most {} (largest layer in FP32 {}, calibration activations {})",
-                          bytes_text(plan.peak_memory), bytes_text(plan.largest_layer_fp32),
-                          bytes_text(plan.calibration_bytes)));
-  if (chosen) {
-    report.line(fmt::format("choosing precisions: peak memory at most {}, {} this time, and as long in a run",
-                            bytes_text(chosen->memory), seconds_text(chosen->seconds)));
-  }
-  report.line("nothing was written");
-  nlohmann::json out = plan_json(plan);
-  out["dry_run"] = true;
-  if (chosen) {
-    out["plan"] = precision_plan_json(*chosen);
-    out["plan"]["seconds"] = chosen->seconds;
-    out["plan"]["peak_memory"] = chosen->memory;
-  }
-  out["expected"] = expected;
-  out["recipe"] = nlohmann::json::parse(calib::recipe_to_json(options.recipe));
-  report.json(out);
-  return 0;
-}
-
 calib::QuantizeResult quantize(const calib::WeightSource& source, const calib::QuantizeOptions& options,
                                Progress& progress) {
   try {
@@ -220,6 +166,9 @@ int run(const Arguments& a) {
   options.threads = a.common.threads;
   options.tool_version = tool_version();
   const auto source = calib::open_weights(a.model);
+  if (!a.dry_run) {
+    formats::FireqWriter::refuse_early(formats::real_file_system(), a.out, a.model, options.mode, a.force);
+  }
   if (const formats::Int4Scheme* scheme = source->imported()) {
     progress.warning(
         fmt::format("{} was quantised by {} to 4 bits: this adds a second error to its own; "
@@ -228,12 +177,19 @@ int run(const Arguments& a) {
   }
   obtain_text(a, *source, options, progress);
   const Report report(a.common, progress);
+  const calib::PrecisionGoal goal = goal_of(a);
+  std::optional<calib::TimePlan> time;
+  // A resumed run has less before it than the whole that is counted.
+  if (!source->packed() && !a.resume && (!a.common.quiet || !a.common.json_path.empty())) {
+    time = calib::plan_time(*source, options, goal);
+    print_time(report, time);
+  }
   std::optional<calib::TextFit> fit;
   if (options.calibration && !a.dry_run) {
     fit = check_text(a.text, *source, *options.calibration, a.common.threads, progress);
   }
   std::optional<calib::PrecisionPlan> plan;
-  if (const calib::PrecisionGoal goal = goal_of(a); goal.given()) {
+  if (goal.given()) {
     plan = calib::plan_precisions(*source, options, goal, progress);
     options.recipe = plan->recipe;
     options.side_files.emplace_back(kPrecisionPlanFile, precision_plan_json(*plan).dump(2) + "\n");
@@ -241,7 +197,11 @@ int run(const Arguments& a) {
   }
   const std::optional<ExpectedCost> expected = expected_cost(options.recipe);
   print_expected(report, expected, options.recipe);
-  if (a.dry_run) return dry_run(report, *source, options, plan, expected_json(expected, options.recipe));
+  if (a.dry_run) {
+    return dry_run(
+        report, *source, options, plan,
+        {{"expected", expected_json(expected, options.recipe)}, {"expected_time", time_json(time)}});
+  }
 
   const calib::QuantizeResult result = quantize(*source, options, progress);
   const double share =
@@ -284,6 +244,7 @@ int run(const Arguments& a) {
                {"seconds", result.seconds},
                {"calibration_seconds", result.calibration_seconds},
                {"expected", expected_json(expected, options.recipe)},
+               {"expected_time", time_json(time)},
                {"measured", measured_json(result)},
                {"not_measured", result.measured ? nlohmann::json(nullptr) : nlohmann::json(why_not)},
                {"text", fit ? text_json(*fit) : nlohmann::json(nullptr)},
@@ -326,7 +287,7 @@ void add_quantize(CLI::App& app, Runner& runner) {
   cmd->add_flag("--resume", a->resume, "Continue a run that was stopped");
   cmd->add_flag("--restart", a->restart, "Throw a stopped run away and start again");
   cmd->add_flag("--force", a->force, "Replace an existing output");
-  cmd->add_flag("--dry-run", a->dry_run, "Print sizes, plan and peak memory; write nothing");
+  cmd->add_flag("--dry-run", a->dry_run, "Print expected time, sizes, plan and peak memory; write nothing");
   cmd->add_option("--layout", a->layout, "row, or sm90 (the tiles of the Hopper kernels)")
       ->check(CLI::IsMember({"row", "sm90"}))
       ->capture_default_str();

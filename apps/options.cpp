@@ -26,8 +26,12 @@ auto named_windows(const TextArguments& arguments, const Cut& cut) {
 std::uint64_t window_length(const CalibrationArguments& calibration, std::uint64_t context,
                             Progress& progress) {
   if (calibration.length <= context) return calibration.length;
+  const std::uint64_t wanted = calibration.samples * calibration.length;
   progress.warning(
-      fmt::format("--length {} is over the model's context, {} is used", calibration.length, context));
+      fmt::format("the model's context is {}: windows are that long, not {}, and {} of them hold {} tokens; "
+                  "--samples {} would make them {}",
+                  context, calibration.length, calibration.samples, calibration.samples * context,
+                  (wanted + context - 1) / context, wanted));
   return context;
 }
 

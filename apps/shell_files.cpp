@@ -52,6 +52,7 @@ std::vector<CommandText> commands_of(const CLI::App& app) {
   for (const CLI::App* command : app.get_subcommands({})) {
     CommandText text{command->get_name(), command->get_description(), command->get_footer(), {}, {}};
     for (const CLI::Option* option : command->get_options()) {
+      if (option->get_group().empty()) continue;  // --help does not show it either
       if (option->get_positional()) {
         text.arguments += " " + option->get_single_name();
       } else {

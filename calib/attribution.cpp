@@ -15,15 +15,12 @@ namespace {
 enum class Form : std::uint8_t { original, packed, exact };
 
 // Each linear from the packed folder or from the folded original. Norms and S are the same in both.
-class MixedWeights final : public WeightSource {
+class MixedWeights final : public ForwardingWeights {
  public:
   using Choice = std::function<Form(std::uint64_t layer, std::size_t linear)>;
   MixedWeights(const WeightSource& packed, const WeightSource& folded, Choice choice)
-      : packed_(packed), folded_(folded), choice_(std::move(choice)) {}
+      : ForwardingWeights(folded), packed_(packed), choice_(std::move(choice)) {}
 
-  const formats::ModelConfig& config() const noexcept override { return folded_.config(); }
-  const formats::CheckpointReader& reader() const noexcept override { return folded_.reader(); }
-  bool packed() const noexcept override { return false; }
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
     const auto any = [&](auto holds) {
       for (std::size_t i = 0; i < kLinears; ++i) {
@@ -31,10 +28,10 @@ class MixedWeights final : public WeightSource {
       }
       return false;
     };
-    if (!any([](Form f) { return f != Form::original; })) return folded_.load_layer(layer, threads);
+    if (!any([](Form f) { return f != Form::original; })) return inner().load_layer(layer, threads);
     LayerWeights mixed = packed_.load_layer(layer, threads);
     LayerWeights original;
-    if (any([](Form f) { return f == Form::original; })) original = folded_.load_layer(layer, threads);
+    if (any([](Form f) { return f == Form::original; })) original = inner().load_layer(layer, threads);
     for (std::size_t i = 0; i < kLinears; ++i) {
       const Form form = choice_(layer, i);
       if (form == Form::original) mixed.linear[i] = std::move(original.linear[i]);
@@ -43,17 +40,9 @@ class MixedWeights final : public WeightSource {
     }
     return mixed;
   }
-  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
-    folded_.embed(ids, out);
-  }
-  std::vector<float> final_norm() const override { return folded_.final_norm(); }
-  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
-    folded_.head_rows(begin, count, out);
-  }
   libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
     return packed_.quantized(layer, linear);
   }
-  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
 
  private:
   // level * sigma in place of RN8(level * sigma).
@@ -74,7 +63,6 @@ class MixedWeights final : public WeightSource {
   }
 
   const WeightSource& packed_;
-  const WeightSource& folded_;
   Choice choice_;
 };
 

@@ -13,6 +13,7 @@
 
 #include "common/error.hpp"
 #include "formats/file_system.hpp"
+#include "formats/names.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -302,15 +303,7 @@ std::string fingerprint_of_windows(const Windows& windows) {
   put(windows.length, 8);
   for (const std::int32_t id : windows.ids) put(static_cast<std::uint32_t>(id), 4);
   const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, hash);
-  static const char* hex = "0123456789abcdef";
-  std::string text;
-  for (const unsigned char byte : canonical.digest) {
-    text += hex[byte >> 4U];
-    text += hex[byte & 15U];
-  }
-  return text;
+  return formats::hex128(hash.high64, hash.low64);
 }
 
 }  // namespace fireq::calib

@@ -9,20 +9,17 @@
 namespace fireq::calib {
 namespace {
 
-class FoldedWeights : public WeightSource {
+class FoldedWeights final : public ForwardingWeights {
  public:
   FoldedWeights(const WeightSource& original, Recipe recipe, formats::CalibrationStatistics statistics,
                 const formats::QuantizationConfig& folder)
-      : original_(original),
+      : ForwardingWeights(original),
         recipe_(std::move(recipe)),
         statistics_(std::move(statistics)),
         ignored_(folder.ignore.begin(), folder.ignore.end()) {}
 
-  const formats::ModelConfig& config() const noexcept override { return original_.config(); }
-  const formats::CheckpointReader& reader() const noexcept override { return original_.reader(); }
-  bool packed() const noexcept override { return false; }
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
-    LayerWeights weights = original_.load_layer(layer, threads);
+    LayerWeights weights = inner().load_layer(layer, threads);
     fold_layer(config(), recipe_, statistics_.layers.empty() ? nullptr : &statistics_.layers.at(layer),
                weights);
     // Inputs as in the folder.
@@ -30,20 +27,8 @@ class FoldedWeights : public WeightSource {
     for (std::size_t i = 0; i < kLinears; ++i) weights.linear[i].plain_input = ignored_.contains(names[i]);
     return weights;
   }
-  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
-    original_.embed(ids, out);
-  }
-  std::vector<float> final_norm() const override { return original_.final_norm(); }
-  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
-    original_.head_rows(begin, count, out);
-  }
-  libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
-    return original_.quantized(layer, linear);
-  }
-  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
 
  private:
-  const WeightSource& original_;
   Recipe recipe_;
   formats::CalibrationStatistics statistics_;
   std::set<std::string> ignored_;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "calib/collectors.hpp"
 #include "calib/key_folds.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -77,13 +78,6 @@ void for_each_site(const formats::CalibrationStatistics& statistics, const Recip
       }
     }
   }
-}
-
-// Bin of formats::SiteStatistics::histogram.
-std::size_t histogram_bin(double value) {
-  if (!(value >= 0x1p-16)) return 0;
-  const int exponent = std::ilogb(value);
-  return std::min(formats::kHistogramBins - 1, static_cast<std::size_t>(exponent + 17));
 }
 
 void check_layer(std::optional<std::uint64_t> layer, std::uint64_t layers) {
@@ -225,7 +219,8 @@ std::vector<PackedRow> inspect_packed(const WeightSource& source, std::optional<
         if (b < kSmallestNormal) ++subnormal;
         const double whole = sigma * static_cast<double>(q.row_scale(g / q.groups()));
         if (libquant::encode_e4m3(static_cast<float>(whole)) < kSmallestNormal) ++subnormal_without;
-        ++row.absmax_histogram[histogram_bin(whole * static_cast<double>(q.levels.magnitude[7]))];
+        ++row.absmax_histogram[histogram_bin(
+            static_cast<float>(whole * static_cast<double>(q.levels.magnitude[7])))];
       }
       const auto groups = static_cast<double>(q.group_scales.size());
       row.subnormal_scales = static_cast<double>(subnormal) / groups;

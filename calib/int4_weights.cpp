@@ -33,6 +33,58 @@ std::uint32_t nibble(std::uint32_t word, std::uint64_t index) {
 
 }  // namespace
 
+std::uint32_t Int4Table::word(std::uint64_t index) const noexcept {
+  std::uint32_t value = 0;
+  std::memcpy(&value, codes_.data.data() + index * sizeof(value), sizeof(value));
+  return value;
+}
+
+float Int4Table::weight(std::uint64_t row, std::uint64_t col, std::uint32_t code) const noexcept {
+  const std::uint64_t g = group_[col];
+  const bool by_row = format_ == Int4Format::compressed_tensors;
+  return scale_[by_row ? row * groups_ + g : g * rows_ + row] *
+         (static_cast<float>(code) - zero_[g * rows_ + row]);
+}
+
+void Int4Table::values(std::uint64_t begin, std::span<float> out) const {
+  const std::uint64_t end = begin + out.size() / cols_;
+  switch (format_) {
+    case Int4Format::compressed_tensors:
+      return compressed_tensors_rows(begin, end, out);
+    case Int4Format::gptq:
+      return gptq_rows(begin, end, out);
+    case Int4Format::awq:
+      return awq_rows(begin, end, out);
+  }
+}
+
+void Int4Table::compressed_tensors_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const {
+  for (std::uint64_t row = begin; row < end; ++row) {
+    for (std::uint64_t k = 0; k < cols_; ++k) {
+      const std::uint32_t code = nibble(word(row * words_of(cols_) + k / kPerWord), k % kPerWord);
+      out[(row - begin) * cols_ + k] = weight(row, k, code);
+    }
+  }
+}
+
+void Int4Table::gptq_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const {
+  for (std::uint64_t k = 0; k < cols_; ++k) {
+    for (std::uint64_t row = begin; row < end; ++row) {
+      const std::uint32_t code = nibble(word(k / kPerWord * rows_ + row), k % kPerWord);
+      out[(row - begin) * cols_ + k] = weight(row, k, code);
+    }
+  }
+}
+
+void Int4Table::awq_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const {
+  for (std::uint64_t k = 0; k < cols_; ++k) {
+    for (std::uint64_t row = begin; row < end; ++row) {
+      const std::uint32_t code = nibble(word((k * rows_ + row) / kPerWord), kAwqPlace[row % kPerWord]);
+      out[(row - begin) * cols_ + k] = weight(row, k, code);
+    }
+  }
+}
+
 std::vector<std::string> int4_parts(const formats::CheckpointReader& reader, const std::string& module) {
   std::vector<std::string> out;
   for (const char* part : {".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_g_idx",
@@ -206,55 +258,32 @@ std::vector<float> Int4Weights::offsets(const std::string& name, std::uint64_t r
   return out;
 }
 
-std::vector<float> Int4Weights::load(const std::string& module, std::uint64_t rows, std::uint64_t cols,
-                                     int threads) const {
+Int4Table Int4Weights::table(const std::string& module, std::uint64_t rows, std::uint64_t cols) const {
   const Names n = names(module);
-  const std::uint64_t groups = groups_of(cols);
-  const std::vector<std::uint64_t> group = group_of_column(n.groups, cols);
-  const std::vector<float> zero = offsets(n.zeros, rows, groups);
-  std::vector<float> scale(rows * groups);
+  Int4Table out;
+  out.format_ = scheme_.format;
+  out.rows_ = rows;
+  out.cols_ = cols;
+  out.groups_ = groups_of(cols);
+  out.group_ = group_of_column(n.groups, cols);
+  out.zero_ = offsets(n.zeros, rows, out.groups_);
+  out.scale_.resize(rows * out.groups_);
   try {
-    tensor_to_float(reader_.tensor(n.scales), 0, scale, true);
+    tensor_to_float(reader_.tensor(n.scales), 0, out.scale_, true);
   } catch (Error& error) {
     throw error.path_if_unset(reader_.file_of(n.scales));
   }
-  const bool compressed = scheme_.format == Int4Format::compressed_tensors;
-  const TensorView view = reader_.tensor(n.codes);
-  const auto word = [&](std::uint64_t index) {
-    std::uint32_t value = 0;
-    std::memcpy(&value, view.data.data() + index * sizeof(value), sizeof(value));
-    return value;
-  };
+  out.codes_ = reader_.tensor(n.codes);
+  return out;
+}
+
+std::vector<float> Int4Weights::load(const std::string& module, std::uint64_t rows, std::uint64_t cols,
+                                     int threads) const {
+  const Int4Table whole = table(module, rows, cols);
   std::vector<float> out(rows * cols);
-  const auto put = [&](std::uint64_t row, std::uint64_t col, std::uint32_t code) {
-    const std::uint64_t g = group[col];
-    out[row * cols + col] = scale[compressed ? row * groups + g : g * rows + row] *
-                            (static_cast<float>(code) - zero[g * rows + row]);
-  };
   parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, threads, [&](std::size_t task) {
-    const std::uint64_t begin = task * kRowsPerTask, end = std::min(rows, begin + kRowsPerTask);
-    switch (scheme_.format) {
-      case Int4Format::compressed_tensors:
-        for (std::uint64_t row = begin; row < end; ++row) {
-          for (std::uint64_t k = 0; k < cols; ++k)
-            put(row, k, nibble(word(row * words_of(cols) + k / kPerWord), k % kPerWord));
-        }
-        break;
-      case Int4Format::gptq:
-        for (std::uint64_t k = 0; k < cols; ++k) {
-          for (std::uint64_t row = begin; row < end; ++row)
-            put(row, k, nibble(word(k / kPerWord * rows + row), k % kPerWord));
-        }
-        break;
-      case Int4Format::awq:
-        for (std::uint64_t k = 0; k < cols; ++k) {
-          for (std::uint64_t first = begin; first < end; first += kPerWord) {
-            const std::uint32_t eight = word((k * rows + first) / kPerWord);
-            for (std::uint64_t i = 0; i < kPerWord; ++i) put(first + i, k, nibble(eight, kAwqPlace[i]));
-          }
-        }
-        break;
-    }
+    const std::uint64_t begin = task * kRowsPerTask, count = std::min(rows - begin, kRowsPerTask);
+    whole.values(begin, std::span(out).subspan(begin * cols, count * cols));
   });
   return out;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,29 @@ std::vector<std::string> int4_parts(const formats::CheckpointReader& reader, con
 // Type of its scales; nullopt where there are none.
 std::optional<Dtype> int4_scale_dtype(const formats::CheckpointReader& reader, const std::string& module);
 
+// One matrix with its scales, zeros and groups decoded, to read rows of.
+class Int4Table {
+ public:
+  std::uint64_t rows() const noexcept { return rows_; }
+  // FP32 rows [begin, begin + out.size() / cols) into out. Any number of threads may ask at once.
+  void values(std::uint64_t begin, std::span<float> out) const;
+
+ private:
+  friend class Int4Weights;
+  void compressed_tensors_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const;
+  void gptq_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const;
+  void awq_rows(std::uint64_t begin, std::uint64_t end, std::span<float> out) const;
+  std::uint32_t word(std::uint64_t index) const noexcept;
+  float weight(std::uint64_t row, std::uint64_t col, std::uint32_t code) const noexcept;
+
+  formats::Int4Format format_ = formats::Int4Format::gptq;
+  std::uint64_t rows_ = 0, cols_ = 0, groups_ = 0;
+  std::vector<std::uint64_t> group_;  // [cols]
+  std::vector<float> zero_;           // [groups, rows]
+  std::vector<float> scale_;          // [rows, groups] in compressed-tensors, else [groups, rows]
+  TensorView codes_;
+};
+
 class Int4Weights {
  public:
   Int4Weights(const formats::CheckpointReader& reader, const formats::Int4Scheme& scheme)
@@ -28,8 +52,9 @@ class Int4Weights {
   bool holds(const std::string& module) const;
   // Presence, dtype and shape of its tensors; Error(input) naming the first that is wrong.
   void check(const std::string& module, std::uint64_t rows, std::uint64_t cols) const;
-  // FP32 [rows, cols], after check(). Error(input) for a scale that is not finite and a group that is not
-  // there.
+  // After check(). Error(input) for a scale that is not finite and a group that is not there.
+  Int4Table table(const std::string& module, std::uint64_t rows, std::uint64_t cols) const;
+  // All of it, FP32 [rows, cols].
   std::vector<float> load(const std::string& module, std::uint64_t rows, std::uint64_t cols,
                           int threads) const;
   void release(const std::string& module) const;

@@ -19,18 +19,6 @@ double rounded(double value) {
   return std::round(value * kKeptDigits) / kKeptDigits;
 }
 
-Windows spread(const Windows& windows) {
-  Windows out;
-  out.length = std::min(windows.length, kFitLength);
-  out.count = std::clamp<std::uint64_t>(kFitTokens / out.length, 1, windows.count);
-  for (std::uint64_t i = 0; i < out.count; ++i) {
-    const std::uint64_t w = i * windows.count / out.count;
-    const auto begin = windows.ids.begin() + static_cast<std::ptrdiff_t>(w * windows.length);
-    out.ids.insert(out.ids.end(), begin, begin + static_cast<std::ptrdiff_t>(out.length));
-  }
-  return out;
-}
-
 // Of the frequencies seen, plus what they lack on average because rare tokens were not seen: (kinds - 1) / 2
 // tokens (Miller 1955, "Note on the bias of information estimates").
 double unigram_entropy(const Windows& windows) {
@@ -75,12 +63,24 @@ std::uint64_t measured_cost_bytes(const formats::ModelConfig& config, const Wind
   return 2 * sizeof(float) * token * windows.ids.size();
 }
 
+Windows text_fit_windows(const Windows& windows) {
+  Windows out;
+  out.length = std::min(windows.length, kFitLength);
+  out.count = std::clamp<std::uint64_t>(kFitTokens / out.length, 1, windows.count);
+  for (std::uint64_t i = 0; i < out.count; ++i) {
+    const std::uint64_t w = i * windows.count / out.count;
+    const auto begin = windows.ids.begin() + static_cast<std::ptrdiff_t>(w * windows.length);
+    out.ids.insert(out.ids.end(), begin, begin + static_cast<std::ptrdiff_t>(out.length));
+  }
+  return out;
+}
+
 TextFit text_fit(const WeightSource& model, const Windows& windows, int threads, Progress& progress) {
   EvaluationOptions options;
   options.threads = threads;
   options.stream = true;
   options.stage = "check text";
-  const EvaluationResult result = evaluate(model, spread(windows), options, progress);
+  const EvaluationResult result = evaluate(model, text_fit_windows(windows), options, progress);
   return {result.nll_per_token, unigram_entropy(windows), result.scored};
 }
 

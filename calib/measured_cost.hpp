@@ -31,6 +31,7 @@ struct TextFit {
 };
 // Frequencies of all tokens of `windows`; nll on about 1,024 of them, in pieces of at most 128 tokens spread
 // evenly.
+Windows text_fit_windows(const Windows& windows);  // those tokens
 TextFit text_fit(const WeightSource& model, const Windows& windows, int threads, Progress& progress);
 
 }  // namespace fireq::calib

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "calib/int4_weights.hpp"
 #include "common/error.hpp"
 #include "common/nearest.hpp"
 
@@ -157,7 +158,8 @@ Modules::Modules(const Recipe& recipe, const formats::ModelConfig& config, bool 
 }
 
 Modules modules_of(const WeightSource& source, const Recipe& recipe) {
-  const bool own_head = source.reader().contains(std::string(formats::kHeadModule) + ".weight");
+  const bool own_head = source.reader().contains(std::string(formats::kHeadModule) + ".weight") ||
+                        !int4_parts(source.reader(), formats::kHeadModule).empty();
   return {recipe, source.config(), source.config().tied_embeddings && !own_head};
 }
 

@@ -17,7 +17,6 @@ namespace {
 
 using formats::ModulePrecision;
 
-constexpr std::uint64_t kSampleTokens = 512;
 constexpr std::uint64_t kVariantBytes = std::uint64_t{1} << 30U;
 // A tensor's entry in a safetensors header, and a header's padding, at most.
 constexpr std::uint64_t kHeaderBytesPerTensor = 200;
@@ -78,7 +77,7 @@ class Planner {
       throw Error(ErrorKind::usage, "choosing precisions needs calibration text").hint("give --text FILE");
     }
     collect_statistics();
-    plan_.windows = sample_windows(*options_.calibration, kSampleTokens);
+    plan_.windows = sample_windows(*options_.calibration, kPlanTokens);
     find_units();
     plan_.memory = kFixedMemory + std::max(unit_kl_memory(source_.config(), plan_.windows.ids.size(),
                                                           units_.size(), precisions_.size(), kVariantBytes),
@@ -128,36 +127,27 @@ class Planner {
     options_.statistics->meta.seed = options_.seed;
   }
 
-  // What the recipe leaves open. vLLM holds q, k and v as one, and gate and up, and knows no FP8 here.
   void find_units() {
-    static const std::vector<std::vector<std::size_t>> kFused{{kQ, kK, kV}, {kO}, {kGate, kUp}, {kDown}};
-    static const std::vector<std::vector<std::size_t>> kEach{{kQ}, {kK}, {kV}, {kO}, {kGate}, {kUp}, {kDown}};
-    const bool vllm = recipe_.target == Target::vllm;
-    for (std::uint64_t layer = 0; layer < source_.config().layers; ++layer) {
-      const auto names = formats::linear_names(layer);
-      for (const std::vector<std::size_t>& set : vllm ? kFused : kEach) {
-        if (std::any_of(set.begin(), set.end(), [&](std::size_t i) { return modules_.chosen(layer, i); })) {
-          continue;
-        }
-        PlannedUnit unit;
-        for (const std::size_t i : set) {
-          unit.linears.push_back(names.at(i));
-          ModuleChoice choice = modules_.linear(layer, i);
-          const auto bytes = [&](ModulePrecision p) {
-            choice.precision = p;
-            return linear_bytes(source_, options_, layer, i, choice);
-          };
-          unit.bytes_int4 += bytes(ModulePrecision::int4);
-          if (!vllm) unit.bytes_fp8 = unit.bytes_fp8.value_or(0) + bytes(ModulePrecision::fp8);
-          unit.bytes_original += bytes(ModulePrecision::original);
-        }
-        unit.precision = unit.start();
-        units_.push_back({layer, set});
-        plan_.units.push_back(std::move(unit));
+    OpenUnits open = open_units(source_.config(), recipe_, modules_);
+    units_ = std::move(open.units);
+    precisions_ = std::move(open.precisions);
+    for (const PrecisionUnit& of : units_) {
+      const auto names = formats::linear_names(of.layer);
+      PlannedUnit unit;
+      for (const std::size_t i : of.linears) {
+        unit.linears.push_back(names.at(i));
+        ModuleChoice choice = modules_.linear(of.layer, i);
+        const auto bytes = [&](ModulePrecision p) {
+          choice.precision = p;
+          return linear_bytes(source_, options_, of.layer, i, choice);
+        };
+        unit.bytes_int4 += bytes(ModulePrecision::int4);
+        if (precisions_.size() > 1) unit.bytes_fp8 = unit.bytes_fp8.value_or(0) + bytes(ModulePrecision::fp8);
+        unit.bytes_original += bytes(ModulePrecision::original);
       }
+      unit.precision = unit.start();
+      plan_.units.push_back(std::move(unit));
     }
-    precisions_ = {ModulePrecision::int4};
-    if (!vllm) precisions_.push_back(ModulePrecision::fp8);
   }
 
   void measure() {
@@ -259,6 +249,23 @@ class Planner {
 };
 
 }  // namespace
+
+OpenUnits open_units(const formats::ModelConfig& config, const Recipe& recipe, const Modules& modules) {
+  static const std::vector<std::vector<std::size_t>> kFused{{kQ, kK, kV}, {kO}, {kGate, kUp}, {kDown}};
+  static const std::vector<std::vector<std::size_t>> kEach{{kQ}, {kK}, {kV}, {kO}, {kGate}, {kUp}, {kDown}};
+  const bool vllm = recipe.target == Target::vllm;
+  OpenUnits open;
+  for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
+    for (const std::vector<std::size_t>& set : vllm ? kFused : kEach) {
+      const bool said =
+          std::any_of(set.begin(), set.end(), [&](std::size_t i) { return modules.chosen(layer, i); });
+      if (!said) open.units.push_back({layer, set});
+    }
+  }
+  open.precisions = {ModulePrecision::int4};
+  if (!vllm) open.precisions.push_back(ModulePrecision::fp8);
+  return open;
+}
 
 PrecisionPlan plan_precisions(const WeightSource& source, QuantizeOptions& options, const PrecisionGoal& goal,
                               Progress& progress) {

@@ -9,6 +9,7 @@
 
 #include "calib/quantize_job.hpp"
 #include "calib/recipe.hpp"
+#include "calib/sensitivity.hpp"
 #include "calib/weights.hpp"
 #include "common/progress.hpp"
 
@@ -19,6 +20,17 @@ struct PrecisionGoal {
   std::optional<double> kl;           // nats per token, at most
   bool given() const noexcept { return size || kl; }
 };
+
+// Of the calibration text, what precisions are chosen on.
+inline constexpr std::uint64_t kPlanTokens = 512;
+
+// What the recipe leaves open, in the model's order, and the precisions that are tried. vLLM holds q, k and v
+// as one, gate and up too, and has no FP8 beside 4 bits.
+struct OpenUnits {
+  std::vector<PrecisionUnit> units;
+  std::vector<formats::ModulePrecision> precisions;
+};
+OpenUnits open_units(const formats::ModelConfig& config, const Recipe& recipe, const Modules& modules);
 
 struct PlannedUnit {
   std::vector<std::string> linears;

@@ -9,6 +9,7 @@
 
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
+#include "calib/int4_weights.hpp"
 #include "calib/linear_quantizer.hpp"
 #include "calib/measured_cost.hpp"
 #include "calib/model_card.hpp"
@@ -79,6 +80,7 @@ class Job {
   void obtain_statistics(FireqWriter& writer);
   void stage_layer(FireqWriter& writer, std::uint64_t layer);
   void stage_rest(FireqWriter& writer);
+  std::vector<StagedTensor> imported_head() const;
   QuantizedLinear quantize_linear(const std::string& name, std::uint64_t layer, std::size_t i,
                                   const FoldReport& report, const LayerWeights* weights);
   StagedTensor plain_linear(const std::string& name, std::uint64_t layer, std::size_t i,
@@ -341,14 +343,38 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   }
 }
 
+// An output head that another program quantised: dequantised in the type of its scales, or in FP8.
+std::vector<StagedTensor> Job::imported_head() const {
+  const std::uint64_t rows = config_.vocab, cols = config_.hidden;
+  if (modules_.head() == ModulePrecision::original) {
+    const auto values = [&](std::uint64_t begin, std::span<float> out) {
+      source_.head_rows(begin / cols, out.size() / cols, out);
+    };
+    return {plain_tensor("lm_head.weight", *int4_scale_dtype(reader_, formats::kHeadModule), {rows, cols},
+                         values, reader_.folder(), options_.threads)};
+  }
+  libquant::Fp8Linear fp8 = libquant::make_fp8_linear(rows, cols);
+  constexpr std::uint64_t kRows = 64;
+  parallel_for((rows + kRows - 1) / kRows, options_.threads, [&](std::size_t task) {
+    const std::uint64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+    std::vector<float> values(count * cols);
+    source_.head_rows(begin, count, values);
+    libquant::quantize_fp8_rows(values, begin, count, fp8);
+  });
+  return fp8_tensors(formats::kHeadModule, fp8);
+}
+
 // Tensors outside the layers go through byte for byte, unless they are to be in FP8; of those inside, only
 // what the layer staging names is used.
 void Job::stage_rest(FireqWriter& writer) {
   if (writer.unit_done("rest")) return;
   std::vector<StagedTensor> tensors;
-  std::vector<std::string> used;
+  const std::vector<std::string> head = int4_parts(reader_, formats::kHeadModule);
+  if (!head.empty()) tensors = imported_head();
+  std::vector<std::string> used = head;
   for (const std::string& name : reader_.names()) {
-    if (name.starts_with("model.layers.")) continue;
+    if (name.starts_with("model.layers.") || std::find(head.begin(), head.end(), name) != head.end())
+      continue;
     used.push_back(name);
     const bool fp8 = (name == "model.embed_tokens.weight" && modules_.embeddings() == ModulePrecision::fp8) ||
                      (name == "lm_head.weight" && modules_.head() == ModulePrecision::fp8);

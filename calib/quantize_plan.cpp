@@ -98,6 +98,14 @@ QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions
     if (options.recipe.keys_together) plan.bytes_after += factor;
     if (options.recipe.values_together) plan.bytes_after += factor;
   }
+  if (const auto parts = int4_parts(reader, formats::kHeadModule); !parts.empty()) {
+    const bool fp8 = modules.head() == ModulePrecision::fp8;
+    plan.bytes_after +=
+        fp8 ? fp8_bytes(config.vocab, config.hidden)
+            : config.vocab * config.hidden * dtype_size(*int4_scale_dtype(reader, formats::kHeadModule));
+    plan.kept.emplace_back("lm_head.weight", fp8 ? "output head, in FP8" : "output head, dequantised");
+    replaced.insert(parts.begin(), parts.end());
+  }
   for (const std::string& name : reader.names()) {
     if (replaced.contains(name)) continue;
     const TensorView view = reader.tensor(name);

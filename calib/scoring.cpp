@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "calib/int4_weights.hpp"
 #include "calib/simd.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
@@ -179,6 +180,7 @@ void OutputHead::load(std::uint64_t index, Panels& panels) {
   if (!keep_) {  // or the mapped pages of the whole matrix would stay resident beside the part
     for (const char* const module : {formats::kHeadModule, formats::kEmbeddingModule}) {
       source_.reader().release(std::string(module) + ".weight");
+      for (const std::string& part : int4_parts(source_.reader(), module)) source_.reader().release(part);
     }
   }
   load_seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

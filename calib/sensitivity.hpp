@@ -34,18 +34,13 @@ struct PlannedRun {
 
 // The original model with every linear, the embedding and the head as `modules` would store them; 4-bit
 // linears are rounded to the nearest, row by row, also where the recipe will round under the curvature.
-class PlannedWeights final : public WeightSource {
+class PlannedWeights final : public ForwardingWeights {
  public:
-  explicit PlannedWeights(const PlannedRun& run) : run_(run) {}
-  const formats::ModelConfig& config() const noexcept override { return run_.source.config(); }
-  const formats::CheckpointReader& reader() const noexcept override { return run_.source.reader(); }
-  bool packed() const noexcept override { return false; }
+  explicit PlannedWeights(const PlannedRun& run) : ForwardingWeights(run.source), run_(run) {}
   LayerWeights load_layer(std::uint64_t layer, int threads) const override;
   void embed(std::span<const std::int32_t> ids, std::span<float> out) const override;
-  std::vector<float> final_norm() const override { return run_.source.final_norm(); }
   void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override;
   libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override;
-  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
 
  private:
   PlannedRun run_;

@@ -103,14 +103,10 @@ FolderWeights::FolderWeights(const std::string& folder, formats::CheckpointReade
     formats::check_fireq_tensors(reader_, config_, *quantization_);
   } else if (const auto scheme = formats::read_int4_scheme(folder)) {
     import_.emplace(reader_, *scheme);
-    if (import_->holds("lm_head")) {
-      throw Error(ErrorKind::input, "a quantised output head is not read")
-          .path(folder)
-          .tensor("lm_head")
-          .hint("use a checkpoint that leaves lm_head as it was");
-    }
   }
   check_tensors();
+  if (is_imported(formats::kHeadModule))
+    import_head_ = import_->table(formats::kHeadModule, config_.vocab, config_.hidden);
 }
 
 // Everything the forward pass will read, before a byte of data is touched.
@@ -128,8 +124,11 @@ void FolderWeights::check_tensors() const {
   }
   if (!is_fp8(formats::kEmbeddingModule)) check_tensor(kEmbedding, {config_.vocab, config_.hidden});
   check_tensor(kFinalNorm, {config_.hidden});
-  if ((!config_.tied_embeddings || reader_.contains(kHead)) && !is_fp8(formats::kHeadModule))
+  if (is_imported(formats::kHeadModule)) {
+    import_->check(formats::kHeadModule, config_.vocab, config_.hidden);
+  } else if ((!config_.tied_embeddings || reader_.contains(kHead)) && !is_fp8(formats::kHeadModule)) {
     check_tensor(kHead, {config_.vocab, config_.hidden});
+  }
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     check_tensor(layer_name(layer, "input_layernorm.weight"), {config_.hidden});
     check_tensor(layer_name(layer, "post_attention_layernorm.weight"), {config_.hidden});
@@ -317,6 +316,7 @@ void FolderWeights::head_rows(std::uint64_t begin, std::uint64_t count, std::spa
   if (begin + count > config_.vocab || out.size() != count * config_.hidden) {
     throw Error(ErrorKind::internal, "rows outside the output head");
   }
+  if (import_head_) return import_head_->values(begin, out);
   const char* const module = name == kHead ? formats::kHeadModule : formats::kEmbeddingModule;
   if (is_fp8(module)) return Fp8Table(reader_, module).values(begin * config_.hidden, out);
   try {

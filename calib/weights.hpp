@@ -72,6 +72,39 @@ class WeightSource {
   formats::ModulePrecision precision(std::uint64_t layer, std::size_t linear) const;
 };
 
+// Passes every question on to another source, which outlives it; what differs is overridden.
+class ForwardingWeights : public WeightSource {
+ public:
+  explicit ForwardingWeights(const WeightSource& inner) : inner_(inner) {}
+  const formats::ModelConfig& config() const noexcept override { return inner_.config(); }
+  const formats::CheckpointReader& reader() const noexcept override { return inner_.reader(); }
+  bool packed() const noexcept override { return inner_.packed(); }
+  LayerWeights load_layer(std::uint64_t layer, int threads) const override {
+    return inner_.load_layer(layer, threads);
+  }
+  LayerWeights load_unquantized(std::uint64_t layer, int threads) const override {
+    return inner_.load_unquantized(layer, threads);
+  }
+  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
+    inner_.embed(ids, out);
+  }
+  std::vector<float> final_norm() const override { return inner_.final_norm(); }
+  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
+    inner_.head_rows(begin, count, out);
+  }
+  libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
+    return inner_.quantized(layer, linear);
+  }
+  const formats::QuantizationConfig* quantization() const noexcept override { return inner_.quantization(); }
+  const formats::Int4Scheme* imported() const noexcept override { return inner_.imported(); }
+
+ protected:
+  const WeightSource& inner() const noexcept { return inner_; }
+
+ private:
+  const WeightSource& inner_;
+};
+
 // HF folder, FireQ folder, or a 4-bit folder of another program (docs/import.md), told apart by
 // config.json; the third kind acts as an original whose weights are the dequantised ones. Checks every
 // tensor's presence and shape against the config first (fused qkv_proj / gate_up_proj tensors are

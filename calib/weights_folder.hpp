@@ -60,6 +60,7 @@ class FolderWeights final : public WeightSource {
   formats::ModelConfig config_;
   std::optional<formats::QuantizationConfig> quantization_;
   std::optional<Int4Weights> import_;  // quantised by another program
+  std::optional<Int4Table> import_head_;
 };
 
 }  // namespace fireq::calib

@@ -103,6 +103,10 @@ class FireqWriter {
   // any text; whatever changes the staged bytes must be in one of them.
   FireqWriter(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode, bool force,
               const std::array<std::string, 3>& fingerprints);
+  // The refusals of an output that need no fingerprint, before work whose result it would take. Makes
+  // nothing; removes what a run left that was killed behind its complete output. The constructor looks again.
+  static void refuse_early(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
+                           bool force);
   ~FireqWriter();  // releases the lock; leaves the partial folder
   FireqWriter(const FireqWriter&) = delete;
   FireqWriter& operator=(const FireqWriter&) = delete;

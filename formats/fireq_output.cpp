@@ -60,7 +60,20 @@ std::string hash_file(const MappedFile& file) {
   return hasher.digest();
 }
 
+Error held_elsewhere(const std::string& folder) {
+  Error error(ErrorKind::environment, "another run is writing this output");
+  return error.path(folder).hint("wait until it has ended, or choose another output");
+}
+
 }  // namespace
+
+void LockFile::refuse_held(const std::string& folder) {
+  const int fd = ::open((stdfs::path(folder) / kLockFile).c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+  if (fd < 0) return;
+  const bool held = ::flock(fd, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+  ::close(fd);
+  if (held) throw held_elsewhere(folder);
+}
 
 LockFile::~LockFile() {
   if (fd_ >= 0) ::close(fd_);
@@ -82,9 +95,7 @@ void LockFile::acquire(FileSystem& fs, const std::string& folder) {
       if (error_number == EINTR) continue;
       ::close(fd);
       if (error_number != EWOULDBLOCK) throw system_error("lock", path, error_number);
-      throw Error(ErrorKind::environment, "another run is writing this output")
-          .path(folder)
-          .hint("wait until it has ended, or choose another output");
+      throw held_elsewhere(folder);
     }
     struct stat mine {};
     struct stat there {};
@@ -99,8 +110,7 @@ void LockFile::acquire(FileSystem& fs, const std::string& folder) {
       .path(folder);
 }
 
-OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
-                           bool force, const std::array<std::string, 3>& fingerprints)
+OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, bool force)
     : fs_(fs), out_(std::move(out)), force_(force) {
   while (out_.size() > 1 && out_.ends_with('/')) out_.pop_back();
   const std::string name = stdfs::path(out_).filename().string();
@@ -117,25 +127,48 @@ OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& s
   state_ = (stdfs::path(partial_) / kResumeFile).string();
   old_ = partial_ + "/old";
   refuse_overlap(source_folder);
-  if (!path_exists(partial_)) refuse_existing();  // before anything is made
+  if (!path_exists(partial_)) refuse_existing();
+}
 
-  lock_.acquire(fs_, partial_);
-  recover();
-  // Killed after the output was complete: nothing is left here but the lock.
-  if (!force && path_exists(out_) && !has_work()) fs_.remove_all(partial_);
-  refuse_existing();
-  const bool work = has_work();
-  if (mode == Mode::fresh && work) {
-    throw Error(ErrorKind::usage, "an unfinished output is there")
-        .path(partial_)
-        .hint("add --resume to finish it, or --restart to throw it away");
+void OutputFolder::refuse_early(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
+                                bool force) {
+  OutputFolder folder(fs, std::move(out), source_folder, force);
+  if (!path_exists(folder.partial_)) return;
+  if (path_exists(folder.out_)) {
+    folder.lock_.acquire(fs, folder.partial_);
+    folder.settle();
+  } else {
+    LockFile::refuse_held(folder.partial_);
   }
-  if (mode == Mode::resume && work) {
+  if (path_exists(folder.files_)) folder.refuse_unfinished(mode);
+}
+
+OutputFolder::OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
+                           bool force, const std::array<std::string, 3>& fingerprints)
+    : OutputFolder(fs, std::move(out), source_folder, force) {
+  lock_.acquire(fs_, partial_);
+  settle();
+  refuse_unfinished(mode);
+  if (mode == Mode::resume && has_work()) {
     load(fingerprints);
   } else {
     clear();
   }
   begin(fingerprints);
+}
+
+void OutputFolder::settle() {
+  recover();
+  // Killed after the output was complete: nothing is left here but the lock.
+  if (!force_ && path_exists(out_) && !has_work()) fs_.remove_all(partial_);
+  refuse_existing();
+}
+
+void OutputFolder::refuse_unfinished(Mode mode) const {
+  if (mode != Mode::fresh || !has_work()) return;
+  throw Error(ErrorKind::usage, "an unfinished output is there")
+      .path(partial_)
+      .hint("add --resume to finish it, or --restart to throw it away");
 }
 
 void OutputFolder::refuse_overlap(const std::string& source_folder) const {

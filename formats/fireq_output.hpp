@@ -30,6 +30,8 @@ class LockFile {
   LockFile& operator=(const LockFile&) = delete;
   // Creates FOLDER if needed and the lock file in it. Error(environment) when another process holds it.
   void acquire(FileSystem& fs, const std::string& folder);
+  // The same error, without taking the lock or making anything.
+  static void refuse_held(const std::string& folder);
 
  private:
   int fd_ = -1;
@@ -42,9 +44,11 @@ class OutputFolder {
     std::string hash;  // xxHash3-128 of the staged file
   };
 
-  // FireqWriter's constructor; see there.
+  // FireqWriter's constructor, and its refuse_early; see there.
   OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, FireqWriter::Mode mode,
                bool force, const std::array<std::string, 3>& fingerprints);
+  static void refuse_early(FileSystem& fs, std::string out, const std::string& source_folder,
+                           FireqWriter::Mode mode, bool force);
 
   const std::string& partial() const noexcept { return partial_; }
   const std::string& files() const noexcept { return files_; }  // what becomes OUT
@@ -56,6 +60,10 @@ class OutputFolder {
 
  private:
   using Mode = FireqWriter::Mode;
+  // Names and what can be refused by them alone; makes nothing.
+  OutputFolder(FileSystem& fs, std::string out, const std::string& source_folder, bool force);
+  void settle();  // what a killed run left, under the lock
+  void refuse_unfinished(Mode mode) const;
   void refuse_overlap(const std::string& source_folder) const;
   void refuse_existing() const;
   void recover();

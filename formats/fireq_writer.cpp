@@ -132,6 +132,11 @@ FireqWriter::FireqWriter(FileSystem& fs, std::string out, const std::string& sou
     : impl_(std::make_unique<Impl>(fs, std::move(out), source_folder, mode, force, fingerprints)) {}
 FireqWriter::~FireqWriter() = default;
 
+void FireqWriter::refuse_early(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
+                               bool force) {
+  OutputFolder::refuse_early(fs, std::move(out), source_folder, mode, force);
+}
+
 const std::string& FireqWriter::partial_folder() const noexcept {
   return impl_->folder.partial();
 }

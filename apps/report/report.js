@@ -19,16 +19,17 @@
   const number = (x, digits = 4) => {
     if (x === null || x === undefined || Number.isNaN(x)) return "–";
     if (typeof x !== "number") return String(x);
-    if (Number.isInteger(x) && Math.abs(x) < 1e15) return x.toLocaleString("en");
-    return Number(x.toPrecision(digits)).toString();
+    const rounded = Number.isInteger(x) ? x : Number(x.toPrecision(digits));
+    return Math.abs(rounded) >= 1000 && Math.abs(rounded) < 1e15 ? rounded.toLocaleString("en") : rounded.toString();
   };
-  const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(2) + " %");
+  const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(2) + "\u00a0%");
   const bytes = (x) => {
     const units = ["B", "kB", "MB", "GB", "TB"];
     let i = 0;
     while (x >= 1000 && i < units.length - 1) { x /= 1000; ++i; }
     return `${x.toFixed(i === 0 ? 0 : 1)} ${units[i]}`;
   };
+  const counted = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
   const unique = (values) => [...new Set(values)];
   const shortName = (name) => name.replace(/^model\.layers\.\d+\./, "");
   const layerOf = (name) => Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? NaN);
@@ -48,29 +49,34 @@
 
   // ---- plots --------------------------------------------------------------------------------------------------
   const drawn = new Map(); // node -> function that draws it again
+  const narrow = window.matchMedia("(max-width: 640px)");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const layout = (extra) => {
     const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true };
-    const merged = { margin: { l: 56, r: 16, t: 32, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    const merged = { margin: { l: 56, r: 16, t: narrow.matches ? 8 : 32, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--ink"), size: 12 }, hovermode: "closest",
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") }, legend: { orientation: "h", y: 1.08, yanchor: "bottom" }, ...extra };
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, ...extra };
     for (const name of ["xaxis", "yaxis"]) merged[name] = { ...axis, ...(extra[name] ?? {}) };
     return merged;
   };
   const plot = (node, build) => {
-    const draw = () => { const { traces, extra } = build(); return Plotly.react(node, traces, layout(extra), { responsive: true, displaylogo: false }); };
+    const draw = () => { const { traces, extra } = build(); return Plotly.react(node, traces, layout(extra), { responsive: true, displaylogo: false, displayModeBar: !narrow.matches }); };
     drawn.set(node, draw);
     draw();
     return node;
   };
   const plotNode = (label) => make("div", { class: "plot", role: "img", "aria-label": label });
+  // A plot's title is the page's own heading: it wraps on a phone, where plotly would cut it off.
+  const titled = (title, node) => [make("h3", {}, title), node];
 
   // Rows with a layer and a name, drawn as layer × name; colours by log10, the figure itself on hover.
   const heatMap = (parent, rows, nameOf, metrics, onPick) => {
     const names = unique(rows.map(nameOf));
     const layers = unique(rows.map((r) => r.layer)).sort((a, b) => a - b);
-    let metric = metrics[0][0];
-    const picker = select("Colour: ", metrics, (value) => { metric = value; drawn.get(node)(); });
+    const present = metrics.filter(([key]) => rows.some((r) => r[key] > 0));
+    if (!present.length) return;
+    let metric = present[0][0];
+    const picker = select("Colour: ", present, (value) => { metric = value; drawn.get(node)(); });
     const node = plotNode("heat map, layer by site");
     parent.append(make("div", { class: "controls" }, picker.label), node);
     const at = new Map(rows.map((r) => [r.layer + "|" + nameOf(r), r]));
@@ -130,7 +136,7 @@
     fact("Levels", doc.levels && doc.levels.map((x) => number(x)).join(", "));
     fact("Second-level scales", doc.row_scale && { row: "one per row", tensor: "one per tensor" }[doc.row_scale]);
     fact("Layout", doc.layout);
-    fact("Calibration", doc.tokens && `${number(doc.tokens)} tokens in ${number(doc.windows)} windows`);
+    fact("Calibration", doc.tokens && `${counted(doc.tokens, "token")} in ${counted(doc.windows, "window")}`);
     fact("Preset", doc.recipe?.preset);
     fact("Source fingerprint", doc.source_fingerprint);
     fact("Calibration fingerprint", doc.calibration_fingerprint);
@@ -213,10 +219,10 @@
     const bars = (label, title, items) => {
       const sorted = [...items].sort((x, y) => x[1] - y[1]);
       const node = plotNode(label);
-      part.append(node);
+      part.append(...titled(title, node));
       plot(node, () => ({ traces: [{ type: "bar", orientation: "h", y: sorted.map((i) => i[0]), x: sorted.map((i) => i[1]), customdata: sorted.map((i) => i[2]),
         hovertemplate: "%{y}: KL %{x:.5f}, Δnll %{customdata:.5f}<extra></extra>" }],
-        extra: { height: 110 + 18 * sorted.length, title: { text: title }, xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
+        extra: { height: 90 + 18 * sorted.length, xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
     };
     bars("cost of each linear's weights", "Packed weights of one linear in all layers", a.linears.map((p) => [p.part, p.kl, p.delta_nll]));
     bars("cost of each layer's weights", "Packed weights of one layer", a.layers.map((l) => ["layer " + l.layer, l.kl, l.delta_nll]));
@@ -233,6 +239,8 @@
   };
 
   const PRECISIONS = { int4: "4 bits", fp8: "FP8", original: "as it was" };
+  const PRECISION_COLOURS = { int4: "#1c7ed6", fp8: "#2f9e44", original: "#e8750a" }; // the same in every plot
+  const precisionName = (p) => PRECISIONS[p] ?? p;
   const precisions = () => {
     if (!doc.modules?.length) return;
     const part = section("precisions", "How modules are stored",
@@ -242,19 +250,19 @@
     const list = make("div", { class: "facts" });
     for (const [p, of] of counts) {
       const size = of.reduce((sum, m) => sum + m.bytes, 0);
-      list.append(make("div", {}, make("span", {}, PRECISIONS[p]), `${number(of.length)} modules, ${bytes(size)} (${percent(size / total)})`));
+      list.append(make("div", {}, make("span", {}, PRECISIONS[p]), `${counted(of.length, "module")}, ${bytes(size)} (${percent(size / total)})`));
     }
     part.append(list);
     const places = unique(doc.modules.map((m) => m.layer)).sort((a, b) => (a ?? -1) - (b ?? -1));
     const node = plotNode("bytes by layer and precision");
     part.append(node);
     plot(node, () => ({
-      traces: counts.map(([p, of]) => ({ type: "bar", name: PRECISIONS[p], x: places.map((l) => (l === null ? "outside" : "layer " + l)),
+      traces: counts.map(([p, of]) => ({ type: "bar", name: PRECISIONS[p], marker: { color: PRECISION_COLOURS[p] }, x: places.map((l) => (l === null ? "outside" : String(l))),
         y: places.map((l) => of.filter((m) => m.layer === l).reduce((sum, m) => sum + m.bytes, 0)),
-        hovertemplate: "%{x}: %{y} bytes<extra>" + PRECISIONS[p] + "</extra>" })),
-      extra: { height: 340, barmode: "stack", xaxis: { type: "category" }, yaxis: { title: { text: "bytes" } } },
+        hovertemplate: "layer %{x}: %{y} bytes<extra>" + PRECISIONS[p] + "</extra>" })),
+      extra: { height: 340, barmode: "stack", xaxis: { type: "category", title: { text: "layer" } }, yaxis: { title: { text: "bytes" } } },
     }));
-    table(part, "modules-table", [["layer", "layer"], ["name", "module"], ["precision", "stored in"], ["bytes", "bytes"]], doc.modules, ["bytes", true]);
+    table(part, "modules-table", [["layer", "layer"], ["name", "module"], ["precision", "stored in", precisionName], ["bytes", "bytes"]], doc.modules, ["bytes", true]);
   };
 
   const plan = () => {
@@ -265,12 +273,12 @@
       bytes_int4: u.bytes.int4, bytes_fp8: u.bytes.fp8 ?? null, bytes_original: u.bytes.original }));
     const sorted = [...rows].sort((x, y) => x.kl_int4 - y.kl_int4).slice(-40);
     const node = plotNode("KL of each linear in 4 bits and in FP8");
-    part.append(node);
-    const bar = (key, name) => ({ type: "bar", orientation: "h", name, y: sorted.map((r) => r.linears), x: sorted.map((r) => r[key]), customdata: sorted.map((r) => PRECISIONS[r.precision] ?? r.precision),
-      hovertemplate: "%{y}: KL %{x:.3g}, stored: %{customdata}<extra>" + name + "</extra>" });
-    plot(node, () => ({ traces: [bar("kl_int4", "in 4 bits"), bar("kl_fp8", "in FP8")],
-      extra: { height: 140 + 22 * sorted.length, barmode: "group", title: { text: "The most sensitive" }, xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
-    table(part, "plan-table", [["linears", "linear"], ["precision", "stored in"], ["kl_int4", "KL in 4 bits"], ["kl_fp8", "KL in FP8"],
+    part.append(...titled(sorted.length < rows.length ? `The ${sorted.length} most sensitive` : "The most sensitive first", node));
+    const bar = (key, p) => ({ type: "bar", orientation: "h", name: "in " + PRECISIONS[p], marker: { color: PRECISION_COLOURS[p] }, y: sorted.map((r) => r.linears), x: sorted.map((r) => r[key]), customdata: sorted.map((r) => precisionName(r.precision)),
+      hovertemplate: "%{y}: KL %{x:.3g}, stored: %{customdata}<extra>in " + PRECISIONS[p] + "</extra>" });
+    plot(node, () => ({ traces: [bar("kl_int4", "int4"), bar("kl_fp8", "fp8")],
+      extra: { height: 140 + 22 * sorted.length, barmode: "group", xaxis: { title: { text: "KL" } }, yaxis: { type: "category" } } }));
+    table(part, "plan-table", [["linears", "linear"], ["precision", "stored in", precisionName], ["kl_int4", "KL in 4 bits"], ["kl_fp8", "KL in FP8"],
       ["bytes_int4", "bytes in 4 bits"], ["bytes_fp8", "in FP8"], ["bytes_original", "as it was"]], rows, ["kl_int4", true]);
   };
 
@@ -283,27 +291,31 @@
     const sum = (key) => rowsOf().reduce((total, r) => r[key].map((v, i) => v + (total[i] ?? 0)), []);
     const choice = select("Linear: ", [["", "all together"], ...doc.packed.map((r) => [r.name, r.name])], (v) => { name = v; nodes.forEach((n) => drawn.get(n)()); });
     const nodes = [plotNode("share of each magnitude"), plotNode("scale codes"), plotNode("largest weight of each group")];
-    part.append(make("div", { class: "controls" }, choice.label), ...nodes);
+    part.append(make("div", { class: "controls" }, choice.label), ...titled("How often each magnitude is used", nodes[0]),
+      ...titled("Group scales by E4M3 code (subnormal ones in orange)", nodes[1]),
+      ...titled("Top magnitude × scales of each group (about its largest weight)", nodes[2]));
     const e4m3 = (code) => { const [e, m] = [code >> 3, code & 7]; return e === 0 ? m * 2 ** -9 : (1 + m / 8) * 2 ** (e - 7); };
     plot(nodes[0], () => {
       const counts = sum("magnitude_counts");
       const all = counts.reduce((a, b) => a + b, 0);
       const labels = counts.map((_, i) => (doc.levels ? number(doc.levels[i]) : String(i)));
       return { traces: [{ type: "bar", x: labels, y: counts.map((c) => (100 * c) / all), hovertemplate: "magnitude %{x}: %{y:.2f} %<extra></extra>" }],
-        extra: { height: 320, title: { text: "How often each magnitude is used" }, xaxis: { type: "category" }, yaxis: { title: { text: "%" } } } };
+        extra: { height: 300, xaxis: { type: "category", title: { text: "magnitude" } }, yaxis: { title: { text: "%" } } } };
     });
     plot(nodes[1], () => {
       const counts = sum("scale_counts");
       const x = counts.map((_, code) => e4m3(code));
       return { traces: [{ type: "bar", x: x.map((v) => number(v, 3)), y: counts, customdata: counts.map((_, c) => c), marker: { color: counts.map((_, c) => (c < 8 ? "#d9480f" : "#1c7ed6")) },
         hovertemplate: "scale %{x} (code %{customdata}): %{y} groups<extra></extra>" }],
-        extra: { height: 320, title: { text: "Group scales by E4M3 code (subnormal ones in orange)" }, xaxis: { type: "category", nticks: 16, title: { text: "scale" } }, yaxis: { title: { text: "groups" } } } };
+        extra: { height: 300, xaxis: { type: "category", nticks: 16, title: { text: "scale" } }, yaxis: { title: { text: "groups" } } } };
     });
     plot(nodes[2], () => {
       const counts = sum("absmax_histogram");
-      const x = counts.map((_, i) => (i === 0 ? "< 2^-16" : `2^${i - 17}`));
-      return { traces: [{ type: "bar", x, y: counts, hovertemplate: "from %{x}: %{y} groups<extra></extra>" }],
-        extra: { height: 320, title: { text: "Top magnitude × scales of each group (about its largest weight)" }, xaxis: { type: "category", title: { text: "at least" } }, yaxis: { title: { text: "groups" } } } };
+      const used = counts.map((c, i) => (c > 0 ? i : -1)).filter((i) => i >= 0);
+      const [first, last] = [Math.max(0, (used[0] ?? 1) - 1), Math.min(counts.length, (used.at(-1) ?? 0) + 2)];
+      const x = counts.map((_, i) => (i === 0 ? "< 2<sup>−16</sup>" : `2<sup>${String(i - 17).replace("-", "−")}</sup>`)).slice(first, last);
+      return { traces: [{ type: "bar", x, y: counts.slice(first, last), hovertemplate: "from %{x}: %{y} groups<extra></extra>" }],
+        extra: { height: 300, xaxis: { type: "category", title: { text: "at least" } }, yaxis: { title: { text: "groups" } } } };
     });
     table(part, "packed-table", [["layer", "layer"], ["name", "linear"], ["smallest_scale", "smallest scale"], ["largest_scale", "largest scale"],
       ["smallest_row_scale", "smallest row scale"], ["largest_row_scale", "largest row scale"], ["subnormal_scales", "subnormal", percent],
@@ -316,6 +328,7 @@
     drawn.forEach((draw) => draw());
   };
   setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  narrow.addEventListener("change", () => drawn.forEach((draw) => draw()));
   document.getElementById("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   document.getElementById("title").textContent = doc.target;
   document.getElementById("subtitle").textContent = doc.reference ? `compared with ${doc.reference}` : "FireQ report";

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-FIREQ = Path(os.environ.get("FIREQ", ROOT / "build/release/bin/fireq"))
-DATA = Path(os.environ.get("FIREQ_DATA", ROOT / "build/data"))
+# Absolute: tests run commands in other folders.
+FIREQ = Path(os.environ.get("FIREQ", ROOT / "build/release/bin/fireq")).absolute()
+DATA = Path(os.environ.get("FIREQ_DATA", ROOT / "build/data")).absolute()
 STORIES_15M = DATA / "models/stories15M"
 STORIES_260K = DATA / "models/stories260K"
 STORIES_260K_BF16 = DATA / "models/stories260K-bf16"
@@ -282,6 +283,8 @@ def main():
     """unittest.main with ctest's skip code."""
     if not FIREQ.exists():
         sys.exit(f"{FIREQ} is not built")
+    # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     program = unittest.main(module="__main__", exit=False, verbosity=2)
     result = program.result
     for test, reason in result.skipped:

@@ -223,5 +223,42 @@ class Language(Cost):
         self.assertLess(report["text"]["nll"], math.log(512))
 
 
+class Time(TestCase):
+    """The time that is expected: which stages, and that they follow the work. test_plan_stories15m.py compares it with a clock."""
+
+    def expected(self, *args):
+        """Seconds by stage, in order."""
+        time = fireq_json("quantize", STORIES_260K, "-o", self.tmp / "out", "--dry-run", *args)["expected_time"]
+        stages = {s["stage"]: s["seconds"] for s in time["stages"]}
+        self.assertAlmostEqual(sum(stages.values()), time["seconds"])
+        self.assertTrue(all(s > 0 for s in stages.values()), stages)
+        self.assertLess(time["measured_in"], 30)
+        return stages
+
+    def test_stages(self):
+        text = CALIBRATE_260K
+        for stages, args in (
+                (["quantize"], ("--preset", "rtn")),
+                (["quantize", "measure"], ("--preset", "rtn", *text)),
+                (["check text", "calibrate", "quantize"], ("--preset", "fast", "--no-measure", *text)),
+                (["check text", "calibrate", "quantize", "measure"], text),
+                (["check text", "choose", "quantize", "measure"], ("--preset", "rtn", "--target-size", "10MB", *text)),
+                (["check text", "calibrate", "choose", "quantize", "measure"], ("--preset", "fast", "--max-kl", 1, *text))):
+            with self.subTest(args=args[:3]):
+                self.assertEqual(stages, list(self.expected(*args)))
+
+    def test_more_text_takes_longer(self):
+        """32 times the text, of the same length of window; a machine that is busy now and then does not hide that."""
+        text = ("--preset", "fast", "--text", TINY, "--length", 128, "--samples")
+        few, many = (self.expected(*text, n)["calibrate"] for n in (8, 256))
+        self.assertGreater(many, 4 * few)
+
+    def test_what_is_printed(self):
+        said = fireq("quantize", STORIES_260K, "-o", self.tmp / "out", *CALIBRATE_260K).out
+        self.assertRegex(said, r"(?m)^expected time: (less than|about) [^\n]* \(by the speed of the first layer, here and now\)$")
+        report = fireq_json("quantize", STORIES_260K, "-o", self.tmp / "quiet", "--preset", "rtn", "--quiet")
+        self.assertEqual(["quantize"], [s["stage"] for s in report["expected_time"]["stages"]])
+
+
 if __name__ == "__main__":
     main()

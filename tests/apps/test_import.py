@@ -27,11 +27,23 @@ class Import(TestCase):
             random_llama(folder, 70)
         return folder
 
+    def untied_model(self):
+        """The same with a head of its own."""
+        folder = self.shared / "untied"
+        if not folder.exists():
+            shutil.copytree(self.plain_model(), folder)
+            edit_json(folder / "config.json", lambda c: c.update(tie_word_embeddings=False))
+            tensors = read_tensors(folder)
+            dtype, embedding = tensors["model.embed_tokens.weight"]
+            tensors["lm_head.weight"] = (dtype, np.ascontiguousarray(np.random.default_rng(74).permutation(embedding)))
+            write_safetensors(folder / "model.safetensors", tensors)
+        return folder
+
     def tokens(self, vocab=384):
         return random_tokens(self.tmp / "ids.u32", 71, 600, vocab)
 
-    def make(self, name, fmt, seed, keep=("model.layers.1.mlp.down_proj",), model=None):
-        """(quantised folder, plain FP32 folder); the modules in `keep` stay plain in both."""
+    def make(self, name, fmt, seed, keep=("model.layers.1.mlp.down_proj",), model=None, head=False):
+        """(quantised folder, plain FP32 folder); the modules in `keep` stay plain in both. head: the lm_head is quantised too."""
         rng = np.random.default_rng(seed)
         quantised, plain = self.tmp / name, self.tmp / (name + "-plain")
         model = model or self.plain_model()
@@ -39,7 +51,7 @@ class Import(TestCase):
         stored, floats = {}, {}
         for tensor, (dtype, array) in tensors.items():
             module = tensor.removesuffix(".weight")
-            if not module.endswith(LINEARS) or module in keep:
+            if not module.endswith((*LINEARS, "lm_head") if head else LINEARS) or module in keep:
                 stored[tensor] = floats[tensor] = (dtype, array)
                 continue
             parts, weights = fmt.store(rng, *array.shape)
@@ -282,15 +294,44 @@ class Import(TestCase):
                     write_safetensors(quantised / "model.safetensors", tensors | {f"{module}.{part}": tensor})
                     self.refuse(quantised, [module, part, *said])
 
-    def test_another_group_size_and_a_quantised_head(self):
-        quantised, _ = self.make("size", Format("gptq", 64, True), 3)
+    def test_a_quantised_head(self):
+        """Read as the linears are, whatever the format; written as it was dequantised, or in FP8."""
+        for seed, fmt in enumerate((Format("gptq", 64, True, "F16", True), Format("awq", 32, True, "BF16"),
+                                    Format("compressed-tensors", 128, True), Format("gptq", -1, False))):
+            with self.subTest(str(fmt)):
+                quantised, plain = self.make(f"head{seed}", fmt, seed, model=self.untied_model(), head=True)
+                self.assertNotIn("lm_head.weight", read_tensors(quantised))
+                a, b = self.evaluate(quantised), self.evaluate(plain)
+                self.assertEqual(b["window_nll"], a["window_nll"])
+                for name, recipe in (("plain", {"preset": "rtn"}), ("fp8", {"preset": "rtn", "head": "fp8"})):
+                    path = self.tmp / "recipe.json"
+                    path.write_text(json.dumps(recipe))
+                    outs = [self.tmp / f"{side}-{name}-{seed}" for side in ("a", "b")]
+                    plan = fireq_json("quantize", quantised, "-o", outs[0], "--recipe", path, "--dry-run")
+                    for source, out in zip((quantised, plain), outs):
+                        fireq("quantize", source, "-o", out, "--recipe", path, "--quiet")
+                    x, y = (read_tensors(out) for out in outs)
+                    self.assertEqual(sorted(x), sorted(y))
+                    self.assertEqual(sum(t.nbytes for _, t in x.values()), plan["bytes_after"])
+                    expected = y["lm_head.weight"]
+                    if name == "plain":  # once more rounded: to the type of the scales
+                        expected, _ = scales_as(fmt.dtype, expected[1])
+                    self.assertEqual(expected[0], x["lm_head.weight"][0])
+                    np.testing.assert_array_equal(expected[1], x["lm_head.weight"][1])
+                    if name == "fp8":
+                        np.testing.assert_array_equal(y["lm_head.weight_scale"][1], x["lm_head.weight_scale"][1])
+                    fireq("validate", outs[0], "--quiet")
+
+    def test_another_group_size_and_a_damaged_head(self):
+        quantised, _ = self.make("size", Format("gptq", 64, True), 3, model=self.untied_model())
         edit_json(quantised / "config.json", lambda c: c["quantization_config"].update(group_size=128))
         self.refuse(quantised, ["scales", "[2, 256]", "[4, 256]"])
         edit_json(quantised / "config.json", lambda c: c["quantization_config"].update(group_size=64))
         tensors = read_tensors(quantised)
         parts, _ = Format("gptq", 64, True).store(np.random.default_rng(4), 384, 256)
+        del tensors["lm_head.weight"], parts["scales"]
         write_safetensors(quantised / "model.safetensors", tensors | {f"lm_head.{p}": t for p, t in parts.items()})
-        self.refuse(quantised, ["lm_head", "head is not read"])
+        self.refuse(quantised, ["lm_head.scales", "missing", "[4, 384]"])
 
 
 if __name__ == "__main__":

@@ -41,6 +41,18 @@ class Plan(TestCase):
             self.assertLess(peak, plan["peak_memory"])
             self.assertLess(plan["peak_memory"], 3 * peak)
 
+    def test_time(self):
+        """What is expected before, against the clock: other work on the machine moves both, not always together."""
+        best = ("--preset", "best", "--text", TINY, "--skip-chars", 300000, "--samples", 16, "--length", 256)
+        for args, seconds_of in ((best, lambda r: r["seconds"]),
+                                 (("--preset", "rtn", "--target-size", "25MB", "--dry-run", *TEXT), lambda r: r["plan"]["seconds"])):
+            report = fireq_json("quantize", STORIES_15M, "-o", self.tmp / "timed", *args)
+            took, expected = seconds_of(report), report["expected_time"]["seconds"]
+            print(f"expected {expected:.1f} s, took {took:.1f} s", end="; ")
+            if not sanitized():  # they slow our own loops down and not those of BLAS
+                self.assertLess(took / 4, expected)
+                self.assertLess(expected, 4 * took)
+
 
 if __name__ == "__main__":
     main()

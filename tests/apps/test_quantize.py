@@ -276,8 +276,12 @@ class DryRun(TestCase):
         self.assertEqual([], list(self.tmp.iterdir()))
         text = fireq("quantize", *args, "--dry-run").out
         self.assertEqual([], list(self.tmp.iterdir()))
-        for word in ("model.layers.0.self_attn.q_proj", "embed_tokens", "peak memory", "not quantised"):
+        for word in ("model.layers.0-4.self_attn.q_proj", "embed_tokens", "peak memory", "not quantised"):
             self.assertIn(word, text)
+        self.assertLess(text.count("\n"), 25)  # layers that are alike share a line
+        mixed = fireq("quantize", *args, "--dry-run", "--ignore", "model.layers.2.*o_proj", "model.layers.4.*o_proj").out
+        for layers, precision in (("0-1,3", "int4"), ("2,4", "original")):
+            self.assertRegex(mixed, rf"(?m)^model\.layers\.{layers}\.self_attn\.o_proj +64 x 64 +{precision} ")
         fireq("quantize", *args, "--quiet")
         real = sum(array.nbytes for _, array in read_tensors(self.tmp / "out").values())
         self.assertEqual(real, plan["bytes_after"])

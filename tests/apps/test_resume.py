@@ -177,6 +177,24 @@ class Modes(TestCase):
         self.assertEqual(before, digest(out))
         self.assertEqual([out], list(self.tmp.iterdir()))
 
+    def test_refused_before_the_text_is_read(self):
+        """An output that cannot be written is found out before minutes are spent on the text: here the text is not even there."""
+        lost = ("--text", self.tmp / "no.txt")
+        out = self.tmp / "out"
+        refused("quantize", STORIES_15M, "-o", out, *lost, code=USAGE, parts=["no.txt"])
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        refused("quantize", STORIES_15M, "-o", out, *lost, code=USAGE, parts=["output exists", "--force"], absent=["no.txt"])
+        refused("quantize", STORIES_15M, "-o", out, *lost, "--force", code=USAGE, parts=["no FireQ folder"], absent=["no.txt"])
+        refused("quantize", STORIES_15M, "-o", STORIES_15M / "inside", *lost, code=USAGE, parts=["inside the input"], absent=["no.txt"])
+        refused("quantize", STORIES_15M, "-o", out, *lost, "--dry-run", code=USAGE, parts=["no.txt"])  # writes nothing
+        stopped = self.stopped("stopped", "--preset", "fast", *CALIBRATE_15M)
+        before = digest(self.partial(stopped))
+        refused("quantize", STORIES_15M, "-o", stopped, *lost, code=USAGE, parts=["unfinished output"], absent=["no.txt"])
+        refused("quantize", STORIES_15M, "-o", stopped, "--resume", *lost, code=USAGE, parts=["no.txt"])
+        self.assertEqual(before, digest(self.partial(stopped)))
+        self.assertEqual(["mine"], [p.name for p in out.iterdir()])
+
     def test_existing_output_is_kept_until_the_new_one_is_whole(self):
         out = self.tmp / "out"
         fireq("quantize", STORIES_15M, "-o", out, "--preset", "rtn", "--quiet")

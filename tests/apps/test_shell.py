@@ -17,10 +17,12 @@ class Completion(TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""), command)
         return done.stdout.split()
 
-    def options(self, name):
-        """Those at the head of a line of its help."""
-        found = set(re.findall(r"^ +(?:-\w,)?(--[a-z-]+)", fireq(name, "--help").out, re.M))
-        self.assertGreater(len(found), 5)
+    def commands(self):
+        """Every subcommand -> the options at the heads of lines of its help."""
+        names = re.findall(r"^  ([a-z]+) {2,}", fireq("--help").out.split("SUBCOMMANDS:")[-1], re.M)
+        self.assertLessEqual({"quantize", "calibrate", "eval", "validate", "inspect", "export", "generate", "diff", "doctor"}, set(names))
+        found = {name: set(re.findall(r"^ +(?:-\w,)? *(--[a-z0-9-]+)", fireq(name, "--help").out, re.M)) for name in names}
+        self.assertLessEqual({"--no-measure", "--target-size", "--dry-run", "--help"}, found["quantize"])
         return found
 
     def test_bash(self):
@@ -37,8 +39,9 @@ class Completion(TestCase):
         self.assertEqual(complete("fireq", "eval", "m", "--kv", "i"), ["int4"])
         self.assertEqual(set(complete("fireq", "validate", "--")) & {"--reference", "--json", "--preset"}, {"--reference", "--json"})
         self.assertEqual(complete("fireq", "eval", "a"), ["a", "model"])  # one folder with a space in its name
-        for name in ("quantize", "eval", "inspect"):
-            self.assertLessEqual(self.options(name), set(complete("fireq", name, "--")))
+        for name, options in self.commands().items():
+            self.assertEqual(options, {w for w in complete("fireq", name, "--") if w.startswith("--")}, name)
+        self.assertEqual(set(self.commands()) | {"--help", "--version"}, set(complete("fireq", "")))
 
     def test_zsh(self):
         if not shutil.which("zsh"):
@@ -52,6 +55,12 @@ class Completion(TestCase):
         said = self.run_shell("zsh", "-f", "-c", f"fpath=({folder} $fpath); autoload -Uz compinit; compinit -u -d {self.tmp}/dump; "
                               "print ${_comps[fireq]}")
         self.assertEqual(said, ["_fireq"])
+        # What it would offer: _arguments takes each option as '--name[...' and each command's as a branch of a case.
+        text = script.read_text()
+        for name, options in self.commands().items():
+            branch = re.search(rf"(?ms)^ *{name}\).*?;;", text)
+            self.assertIsNotNone(branch, name)
+            self.assertEqual(options, set(re.findall(r"(--[a-z0-9-]+)(?=[\[=:'\"{}*+])", branch.group())), name)
 
     def test_fish(self):
         if not shutil.which("fish"):
@@ -64,16 +73,18 @@ class Completion(TestCase):
 
         self.assertIn("quantize", complete("fireq "))
         self.assertEqual(complete("fireq quantize --preset "), {"rtn", "paper", "fast", "best"})
-        self.assertLessEqual({"--kv", "--reference"}, complete("fireq eval --"))
+        for name, options in self.commands().items():
+            self.assertEqual(options, {w for w in complete(f"fireq {name} --") if w.startswith("--")}, name)
 
     def test_unknown_shell(self):
         refused("completion", "tcsh", code=USAGE, parts=["tcsh", "bash"])
 
     def test_manual_page(self):
         page = fireq("manual").out
-        for name in ("quantize", "eval", "validate"):
-            for option in self.options(name):
-                self.assertIn(option.replace("-", "\\-"), page)
+        for name, options in self.commands().items():
+            section = page.split(f"fireq {name}", 1)[1]
+            for option in options:
+                self.assertIn(option.replace("-", "\\-"), section, name)
         if not shutil.which("man"):
             self.skipTest("man was not found")
         path = self.tmp / "fireq.1"

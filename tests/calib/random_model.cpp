@@ -148,16 +148,4 @@ void write_random_model(const std::filesystem::path& folder, const RandomModel& 
   writer.finish();
 }
 
-TemporaryFolder::TemporaryFolder(const std::string& name) {
-  static int counter = 0;
-  path_ = std::filesystem::temp_directory_path() /
-          ("fireq-" + name + "-" + std::to_string(::getpid()) + "-" + std::to_string(counter++));
-  std::filesystem::create_directories(path_);
-}
-
-TemporaryFolder::~TemporaryFolder() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
-
 }  // namespace fireq::testing_support

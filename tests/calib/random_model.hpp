@@ -5,6 +5,8 @@
 #include <filesystem>
 #include <string>
 
+#include "tests/support/temp_folder.hpp"
+
 namespace fireq::testing_support {
 
 struct RandomModel {
@@ -22,19 +24,5 @@ struct RandomModel {
 // Writes config.json and model.safetensors below `folder`. Some input channels are outliers, as in real
 // models.
 void write_random_model(const std::filesystem::path& folder, const RandomModel& model);
-
-// A fresh folder below the system's temporary directory, removed at the end.
-class TemporaryFolder {
- public:
-  explicit TemporaryFolder(const std::string& name);
-  ~TemporaryFolder();
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  std::filesystem::path path() const { return path_; }
-  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 }  // namespace fireq::testing_support

@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/temp_folder.hpp"
+
 namespace fireq::test {
 
 // The same inputs in every run; FIREQ_TEST_SEED=n tries others.
@@ -115,23 +117,6 @@ std::vector<T> read_array(const std::filesystem::path& path) {
 inline void write_text(const std::filesystem::path& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
-
-class TempFolder {
- public:
-  TempFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "fireq-test-XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
-    path_ = name;
-  }
-  ~TempFolder() { std::filesystem::remove_all(path_); }
-  TempFolder(const TempFolder&) = delete;
-  TempFolder& operator=(const TempFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-  std::string str() const { return path_.string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Tensors of a safetensors file, and the file's bytes written here from the format's description.
 struct RawTensor {

@@ -15,11 +15,11 @@
 namespace fireq::calib {
 namespace {
 
+using test::TempFolder;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 
 const RandomModel kShape{.hidden = 136,
                          .ffn = 150,
@@ -32,7 +32,7 @@ const RandomModel kShape{.hidden = 136,
 
 class DeviceCheck : public testing::Test {
  protected:
-  DeviceCheck() : folder_("device-check") { write_random_model(folder_.path() / "model", kShape); }
+  DeviceCheck() { write_random_model(folder_.path() / "model", kShape); }
 
   std::unique_ptr<WeightSource> quantise(const std::string& preset, formats::WeightLayout layout) {
     QuantizeOptions options;
@@ -59,7 +59,7 @@ class DeviceCheck : public testing::Test {
     return check_device_linears(model, probe, options, silent);
   }
 
-  TemporaryFolder folder_;
+  TempFolder folder_;
 };
 
 TEST_F(DeviceCheck, ARightDevicePasses) {

@@ -13,8 +13,8 @@
 namespace fireq::calib {
 namespace {
 
+using test::TempFolder;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 
 std::vector<std::int32_t> random_ids(std::uint64_t n, std::uint64_t vocab, std::uint64_t seed) {
   std::mt19937_64 random(seed);
@@ -24,32 +24,17 @@ std::vector<std::int32_t> random_ids(std::uint64_t n, std::uint64_t vocab, std::
 }
 
 // An original model whose layers come folded; keeps the report of each.
-class Folded : public WeightSource {
+class Folded final : public ForwardingWeights {
  public:
   Folded(const WeightSource& original, const Recipe& recipe, const formats::CalibrationStatistics& statistics)
-      : original_(original), recipe_(recipe), statistics_(statistics) {}
-  const formats::ModelConfig& config() const noexcept override { return original_.config(); }
-  const formats::CheckpointReader& reader() const noexcept override { return original_.reader(); }
-  bool packed() const noexcept override { return false; }
+      : ForwardingWeights(original), recipe_(recipe), statistics_(statistics) {}
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
-    LayerWeights w = original_.load_layer(layer, threads);
+    LayerWeights w = inner().load_layer(layer, threads);
     fold_layer(config(), recipe_, &statistics_.layers.at(layer), w);
     return w;
   }
-  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
-    original_.embed(ids, out);
-  }
-  std::vector<float> final_norm() const override { return original_.final_norm(); }
-  void head_rows(std::uint64_t b, std::uint64_t n, std::span<float> out) const override {
-    original_.head_rows(b, n, out);
-  }
-  libquant::QuantizedLinear quantized(std::uint64_t l, std::size_t i) const override {
-    return original_.quantized(l, i);
-  }
-  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
 
  private:
-  const WeightSource& original_;
   const Recipe& recipe_;
   const formats::CalibrationStatistics& statistics_;
 };
@@ -62,7 +47,7 @@ struct Case {
 class FoldingPreserves : public testing::TestWithParam<Case> {};
 
 TEST_P(FoldingPreserves, TheFunctionOfEveryFold) {
-  const TemporaryFolder folder("folding");
+  const TempFolder folder;
   write_random_model(folder.path(), GetParam().model);
   const auto source = open_weights(folder.path().string());
   const auto ids = random_ids(40, GetParam().model.vocab, 7);
@@ -135,7 +120,7 @@ INSTANTIATE_TEST_SUITE_P(
 // What the folds do, not only what they keep: after N every pair's largest radius is alpha, after S every
 // touched channel's is beta.
 TEST(Folding, NormalisesKeysToTheConstants) {
-  const TemporaryFolder folder("folding-keys");
+  const TempFolder folder;
   const RandomModel model{.heads = 4, .kv_heads = 2, .head_dim = 16, .seed = 11};
   write_random_model(folder.path(), model);
   const auto source = open_weights(folder.path().string());
@@ -174,7 +159,7 @@ TEST(Folding, NormalisesKeysToTheConstants) {
 }
 
 TEST(Folding, RefusesStatisticsOfAnotherShape) {
-  const TemporaryFolder folder("folding-shape");
+  const TempFolder folder;
   write_random_model(folder.path(), RandomModel{});
   const auto source = open_weights(folder.path().string());
   Progress silent;
@@ -193,7 +178,7 @@ TEST(Folding, RefusesStatisticsOfAnotherShape) {
 
 // After folding with every head centred, the keys that are cached have the mean 0; without, they keep it.
 TEST(Folding, CentredKeysHaveNoMean) {
-  const TemporaryFolder folder("folding-centre");
+  const TempFolder folder;
   const RandomModel model{.heads = 4, .kv_heads = 2, .head_dim = 16, .seed = 12};
   write_random_model(folder.path(), model);
   const auto source = open_weights(folder.path().string());

@@ -15,8 +15,8 @@
 namespace fireq::calib {
 namespace {
 
+using test::TempFolder;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 
 Windows random_windows(std::uint64_t count, std::uint64_t length, std::uint64_t vocab) {
   test::Random random(77);
@@ -29,8 +29,7 @@ Windows random_windows(std::uint64_t count, std::uint64_t length, std::uint64_t 
 // A folder with its original, quantised as a preset says.
 class Packed {
  public:
-  Packed(const RandomModel& shape, const std::string& preset, formats::WeightLayout layout)
-      : folder_("backend") {
+  Packed(const RandomModel& shape, const std::string& preset, formats::WeightLayout layout) {
     write_random_model(folder_.path() / "model", shape);
     original = open_weights(folder_ / "model");
     QuantizeOptions options;
@@ -47,7 +46,7 @@ class Packed {
   std::unique_ptr<WeightSource> original, packed;
 
  private:
-  TemporaryFolder folder_;
+  TempFolder folder_;
 };
 
 // No size is a multiple of 128 or of a task's rows.
@@ -128,39 +127,28 @@ TEST(LinearBackend, ItsOutputsAreUsed) {
 }
 
 // A folder may leave linears unquantised: those run on the CPU, among the backend's.
-class PartlyQuantised final : public WeightSource {
+class PartlyQuantised final : public ForwardingWeights {
  public:
   // plain: some of those linears take inputs in 16 bits.
-  explicit PartlyQuantised(const WeightSource& inner, bool plain = false) : inner_(inner), plain_(plain) {}
-  const formats::ModelConfig& config() const noexcept override { return inner_.config(); }
-  const formats::CheckpointReader& reader() const noexcept override { return inner_.reader(); }
-  bool packed() const noexcept override { return true; }
+  explicit PartlyQuantised(const WeightSource& inner, bool plain = false)
+      : ForwardingWeights(inner), plain_(plain) {}
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
-    LayerWeights out = inner_.load_layer(layer, threads);
+    LayerWeights out = inner().load_layer(layer, threads);
     for (const LinearIndex i : {kK, kUp}) out.linear[i].plain_input = plain_;
     return out;
   }
   LayerWeights load_unquantized(std::uint64_t layer, int threads) const override {
-    LayerWeights out = inner_.load_unquantized(layer, threads);
+    LayerWeights out = inner().load_unquantized(layer, threads);
     LayerWeights all = load_layer(layer, threads);
     for (const LinearIndex i : {kK, kO, kUp}) out.linear[i] = std::move(all.linear[i]);
     return out;
   }
-  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
-    inner_.embed(ids, out);
-  }
-  std::vector<float> final_norm() const override { return inner_.final_norm(); }
-  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
-    inner_.head_rows(begin, count, out);
-  }
   libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
     EXPECT_THAT(linear, testing::Not(testing::AnyOf(std::size_t{kK}, std::size_t{kO}, std::size_t{kUp})));
-    return inner_.quantized(layer, linear);
+    return inner().quantized(layer, linear);
   }
-  const formats::QuantizationConfig* quantization() const noexcept override { return inner_.quantization(); }
 
  private:
-  const WeightSource& inner_;
   bool plain_;
 };
 

@@ -149,36 +149,22 @@ TEST(TinyModels, CoverEveryFamilyAndFeature) {
 }
 
 // A model read wrongly on purpose: what a forgotten feature would compute.
-class Altered final : public WeightSource {
+class Altered final : public ForwardingWeights {
  public:
   using Change = std::function<void(formats::ModelConfig&)>;
   using ChangeLayer = std::function<void(LayerWeights&)>;
   Altered(const WeightSource& original, const Change& change, ChangeLayer change_layer)
-      : original_(original), config_(original.config()), change_layer_(std::move(change_layer)) {
+      : ForwardingWeights(original), config_(original.config()), change_layer_(std::move(change_layer)) {
     if (change) change(config_);
   }
   const formats::ModelConfig& config() const noexcept override { return config_; }
-  const formats::CheckpointReader& reader() const noexcept override { return original_.reader(); }
-  bool packed() const noexcept override { return false; }
   LayerWeights load_layer(std::uint64_t layer, int threads) const override {
-    LayerWeights weights = original_.load_layer(layer, threads);
+    LayerWeights weights = inner().load_layer(layer, threads);
     if (change_layer_) change_layer_(weights);
     return weights;
   }
-  void embed(std::span<const std::int32_t> ids, std::span<float> out) const override {
-    original_.embed(ids, out);
-  }
-  std::vector<float> final_norm() const override { return original_.final_norm(); }
-  void head_rows(std::uint64_t begin, std::uint64_t count, std::span<float> out) const override {
-    original_.head_rows(begin, count, out);
-  }
-  libquant::QuantizedLinear quantized(std::uint64_t layer, std::size_t linear) const override {
-    return original_.quantized(layer, linear);
-  }
-  const formats::QuantizationConfig* quantization() const noexcept override { return nullptr; }
 
  private:
-  const WeightSource& original_;
   formats::ModelConfig config_;
   ChangeLayer change_layer_;
 };

@@ -16,8 +16,8 @@ namespace {
 using formats::Site;
 using test::Doubles;
 using test::ReferenceLayer;
+using test::TempFolder;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 
 struct Family {
   const char* type;
@@ -26,7 +26,7 @@ struct Family {
 
 class LayerGradientsTest : public testing::TestWithParam<Family> {
  protected:
-  LayerGradientsTest() : folder_("gradients") {
+  LayerGradientsTest() {
     RandomModel model;
     model.model_type = GetParam().type;
     model.sliding_window = GetParam().window;
@@ -67,7 +67,7 @@ class LayerGradientsTest : public testing::TestWithParam<Family> {
     return (up - down) / (high - low);
   }
 
-  TemporaryFolder folder_;
+  TempFolder folder_;
   std::unique_ptr<WeightSource> source_;
   formats::ModelConfig config_;
   LayerWeights weights_;
@@ -158,7 +158,7 @@ INSTANTIATE_TEST_SUITE_P(Families, LayerGradientsTest,
 // Windows of one token: a bias reaches each prediction by itself, so that half of d G d^T is the divergence
 // that a small d added to it makes.
 TEST(OutputGradients, CurvatureIsThatOfTheDivergence) {
-  TemporaryFolder folder("fisher");
+  TempFolder folder;
   RandomModel model;
   model.attention_bias = model.mlp_bias = true;
   model.layers = 3;

@@ -16,8 +16,8 @@
 namespace fireq::calib {
 namespace {
 
+using test::TempFolder;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 
 std::vector<float> normal_values(std::size_t count, std::mt19937_64& random) {
   std::normal_distribution<float> normal;
@@ -46,7 +46,7 @@ double mean_kl(const std::vector<float>& reference, const std::vector<float>& mo
 }
 
 TEST(Sensitivity, ManyDivergencesAreThoseOfEachAlone) {
-  const TemporaryFolder folder("sensitivity");
+  const TempFolder folder;
   RandomModel shape;
   shape.vocab = 700;  // three parts of a head that is read in parts, the last one short
   testing_support::write_random_model(folder.path(), shape);
@@ -107,7 +107,7 @@ class Recorder : public Progress {
 };
 
 TEST(Sensitivity, TheSearchReportsItsWay) {
-  const TemporaryFolder folder("search");
+  const TempFolder folder;
   RandomModel shape;
   shape.hidden = 128;
   shape.ffn = 256;

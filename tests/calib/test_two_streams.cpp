@@ -14,8 +14,8 @@
 namespace fireq::calib {
 namespace {
 
+using test::TempFolder;
 using testing_support::RandomModel;
-using testing_support::TemporaryFolder;
 using testing_support::write_random_model;
 
 Windows random_windows(std::uint64_t count, std::uint64_t length, std::uint64_t vocab, std::uint64_t seed) {
@@ -44,7 +44,7 @@ void expect_same(const QuantizedLayer& a, const QuantizedLayer& b) {
 
 class TwoStreamsTest : public testing::TestWithParam<const char*> {
  protected:
-  TwoStreamsTest() : folder_("two-streams") {
+  TwoStreamsTest() {
     RandomModel model;
     model.model_type = GetParam();
     model.hidden = 160;
@@ -76,7 +76,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
     return out;
   }
 
-  TemporaryFolder folder_;
+  TempFolder folder_;
   std::unique_ptr<WeightSource> source_;
   Windows windows_;
 };

@@ -197,7 +197,7 @@ TEST(FileSystem, AtomicWriteIsAllOrNothing) {
         if (!error) continue;
         EXPECT_FALSE(stdfs::exists(path + ".tmp"));
         EXPECT_EQ(error->kind(), ErrorKind::environment);
-        EXPECT_TRUE(error->path().starts_with(folder.path()));
+        EXPECT_TRUE(error->path().starts_with(folder.str()));
         EXPECT_EQ(error->hint(), fault == Fault::no_space ? kFullHint : kBrokenHint);
       }
     }

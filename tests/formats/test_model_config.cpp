@@ -426,7 +426,7 @@ TEST(ModelConfig, Folder) {
   EXPECT_EQ(read_model_config(folder.path()).eos_ids, (std::vector<std::int64_t>{2}));
   const std::string generation = folder / "generation_config.json";
   write_bytes(generation, R"({"eos_token_id":[7,8]})");
-  EXPECT_EQ(read_model_config(folder.path() + "/").eos_ids, (std::vector<std::int64_t>{7, 8}));
+  EXPECT_EQ(read_model_config(folder.str() + "/").eos_ids, (std::vector<std::int64_t>{7, 8}));
   write_bytes(generation, R"({"eos_token_id":"7"})");
   expect_parts(read(), {.message = "key 'eos_token_id' is not an integer",
                         .path = generation,

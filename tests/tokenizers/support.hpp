@@ -21,6 +21,7 @@
 
 #include "common/error.hpp"
 #include "formats/tokenizer.hpp"
+#include "tests/support/temp_folder.hpp"
 
 namespace fireq::test {
 
@@ -38,27 +39,6 @@ inline void write_bytes(const std::string& path, std::string_view bytes) {
   out.close();
   if (!out) throw std::runtime_error("cannot write " + path);
 }
-
-class TempFolder {
- public:
-  TempFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "fireq-test-XXXXXX").string();
-    if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-    path_ = pattern;
-  }
-  ~TempFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TempFolder(const TempFolder&) = delete;
-  TempFolder& operator=(const TempFolder&) = delete;
-
-  const std::string& path() const { return path_; }
-  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  std::string path_;
-};
 
 // A tokenizer file of the test data and what its pipeline does to a text before it is cut up.
 struct Family {
