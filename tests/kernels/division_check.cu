@@ -1,9 +1,8 @@
-#include "tests/kernels/division_check.hpp"
-
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/activation_rows.cuh"
 #include "kernels/cuda/runtime.hpp"
+#include "tests/kernels/division_check.hpp"
 
 namespace fireq::kernels::testing {
 namespace {
