@@ -46,6 +46,16 @@ std::int32_t Sampler::next(std::span<const float> logits) {
     weight_[i] = std::exp(static_cast<double>(logits[i] - *best) / options_.temperature);
     total += weight_[i];
   }
+  if (options_.top_p >= 1) {  // all tokens, no order needed
+    double point = uniform() * total;
+    std::size_t drawn = 0;
+    for (std::size_t i = 0; i < weight_.size() && point >= 0; ++i) {
+      if (weight_[i] == 0) continue;
+      drawn = i;
+      point -= weight_[i];
+    }
+    return static_cast<std::int32_t>(drawn);
+  }
   order_.resize(logits.size());
   std::iota(order_.begin(), order_.end(), 0U);
   // Ties by id, so that the order is the same everywhere.

@@ -63,7 +63,8 @@ struct Draw {
 
 }  // namespace
 
-OutputGradients::OutputGradients(const WeightSource& source, const Windows& windows, int threads)
+OutputGradients::OutputGradients(const WeightSource& source, const Windows& windows, int threads,
+                                 Progress& progress)
     : source_(source),
       threads_(threads),
       windows_(part_of(windows, chosen(windows))),
@@ -73,11 +74,13 @@ OutputGradients::OutputGradients(const WeightSource& source, const Windows& wind
   const formats::ModelConfig& config = source.config();
   std::vector<float> hidden(windows_.ids.size() * config.hidden);
   source.embed(windows_.ids, hidden);
+  progress.begin("weigh outputs", 2 * config.layers);
   for (std::uint64_t layer = 0; layer < config.layers; ++layer) {
     check_interrupt();
     behind_[layer] = narrow(hidden);  // its inputs, until the way back
     run_layer(config, source.load_layer(layer, threads), layer, rope_, Precision{}, hidden, windows_.count,
               windows_.length, threads, nullptr);
+    progress.advance(layer + 1);
   }
   std::vector<float> gradient = head_gradient(hidden);
   for (std::uint64_t layer = config.layers; layer-- > 0;) {
@@ -88,7 +91,9 @@ OutputGradients::OutputGradients(const WeightSource& source, const Windows& wind
     const LayerWeights weights = source.load_layer(layer, threads);
     LayerGradients(config, weights, layer, rope_, threads)
         .run(windows_.count, windows_.length, hidden, gradient, nullptr);
+    progress.advance(2 * config.layers - layer);
   }
+  progress.end();
 }
 
 // Of final hidden states. The head's rows are read twice: for the sum of all probabilities, then for the draw

@@ -11,6 +11,7 @@
 #include "calib/dataset.hpp"
 #include "calib/layer_gradients.hpp"
 #include "calib/weights.hpp"
+#include "common/progress.hpp"
 
 namespace fireq::calib {
 
@@ -18,7 +19,7 @@ namespace fireq::calib {
 class OutputGradients {
  public:
   // source outlives this. Draws are a function of the number of the token alone.
-  OutputGradients(const WeightSource& source, const Windows& windows, int threads);
+  OutputGradients(const WeightSource& source, const Windows& windows, int threads, Progress& progress);
 
   // The sums of one layer. weights: with any folds that leave its function as it is; hidden [tokens of all
   // windows, hidden]: the layer's inputs. Frees what it keeps of the layer.

@@ -13,6 +13,7 @@
 #include "calib/linear_quantizer.hpp"
 #include "calib/measured_cost.hpp"
 #include "calib/model_card.hpp"
+#include "calib/own_text.hpp"
 #include "calib/packed_tensors.hpp"
 #include "calib/plain_tensors.hpp"
 #include "calib/two_streams.hpp"
@@ -105,6 +106,7 @@ class Job {
   const Modules modules_;
   std::string model_fingerprint_, text_fingerprint_;
   std::optional<formats::CalibrationStatistics> statistics_;
+  Windows stream_windows_;             // calibration, and what the model wrote
   std::optional<TwoStreams> streams_;  // where the recipe rounds under curvature
   std::uint64_t last_open_layer_ = 0;  // of those that were not done when this run began
   QuantizeResult result_;
@@ -470,7 +472,9 @@ QuantizeResult Job::run() {
     if (!writer.unit_done(layer_unit(layer))) last_open_layer_ = layer;
   }
   if (options_.recipe.curvature) {
-    streams_.emplace(source_, *options_.calibration, options_.recipe, options_.threads, &modules_);
+    stream_windows_ =
+        with_own_text(source_, *options_.calibration, options_.recipe.own_text, options_.threads, progress_);
+    streams_.emplace(source_, stream_windows_, options_.recipe, options_.threads, progress_, &modules_);
   }
   progress_.begin("quantize", config_.layers);
   std::vector<std::string> units{"rest"};

@@ -7,6 +7,7 @@
 #include "calib/int4_weights.hpp"
 #include "calib/measured_cost.hpp"
 #include "calib/modules.hpp"
+#include "calib/own_text.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
 #include "libquant/kv_rounding.hpp"
@@ -48,7 +49,10 @@ MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe,
   }
   plan.peak = 2 * plan.largest_layer_fp32;
   if (recipe.needs_text() && windows != nullptr) {
-    plan.calibration_bytes = TwoStreams::bytes(config, recipe, *windows);
+    const Windows streams = with_room_for_own_text(*windows, recipe.own_text);
+    // Text is written before the streams begin.
+    plan.calibration_bytes = std::max(TwoStreams::bytes(config, recipe, streams),
+                                      own_text_bytes(config, *windows, recipe.own_text));
     // The layer as it is, its targets and its panels for both streams.
     plan.peak += 2 * plan.largest_layer_fp32;
   } else if (recipe.needs_statistics() && windows != nullptr) {

@@ -316,6 +316,7 @@ const std::vector<Field>& fields() {
         flag("curvature", "token_weights", &Recipe::token_weights),
         flag("curvature", "outputs", &Recipe::output_curvature),
         number("curvature", "output_damping", &Recipe::output_damping, 1e-6, 1e3),
+        number("curvature", "own_text", &Recipe::own_text, 0, 16),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
         choice("smoothing", "lambda1", kValueScalings, &Recipe::lambda1),
         number("smoothing", "lambda1_c", &Recipe::lambda1_c, 1e-6, 1e3),
@@ -445,6 +446,7 @@ Recipe preset_for_fireq(const std::string& name) {
     }
     if (name == "best") {
       r.curvature = r.output_curvature = true;
+      r.own_text = 1;
       r.value_rotation = true;
     }
     return r;

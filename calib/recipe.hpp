@@ -47,7 +47,8 @@ struct Recipe {
   bool token_weights = false;        // for o and down a token counts by 1 / mean square of its hidden state
   bool output_curvature = false;     // errors weighted by what outputs are worth to the model's predictions
   double output_damping = 0.3;       // of that weight, share of its mean diagonal
-  bool stream_kv = false;            // the quantised stream has the INT4 cache, FP8 queries and probabilities
+  double own_text = 0;     // windows that the model writes itself, for each of the text (calib/own_text.hpp)
+  bool stream_kv = false;  // the quantised stream has the INT4 cache, FP8 queries and probabilities
   // Smoothing of weights.
   ValueScaling lambda1 = ValueScaling::off;
   double lambda1_c = 0.0096;  // target mean |w| of o_proj's columns

@@ -15,6 +15,7 @@
 #include "calib/measured_cost.hpp"
 #include "calib/modules.hpp"
 #include "calib/output_gradients.hpp"
+#include "calib/own_text.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "libquant/curvature.hpp"
@@ -70,6 +71,7 @@ class Products {
 struct Rates {
   double load = 0;         // a weight, read, converted and packed
   double product = 0;      // a multiply-add of a forward pass
+  double written = 0;      // the same with one token of each window that is written
   double observed = 0;     // the same while statistics are collected
   double quantised = 0;    // the same with the cache in 4 bits, and all else that a packed folder quantises
   double centre = 0;       // a layer's keys tried less their mean
@@ -151,6 +153,16 @@ class Sampler {
     pass(plain, nullptr);  // work areas are made once
     rates_.product = pass(plain, nullptr);
     if (options_.held_back) rates_.quantised = pass(quantised, nullptr);
+    if (options_.recipe.own_text > 0 && options_.calibration) {
+      const std::uint64_t rows =
+          own_text_work(config_, *options_.calibration, options_.recipe.own_text).side_by_side;
+      std::vector<float> hidden(rows * config_.hidden, 1.0F);
+      const Batch batch{rows, 1, 0, 0};
+      if (rows > 0) plain.run(panels, 0, rope, batch, hidden, nullptr);  // work areas
+      if (rows > 0)
+        rates_.written = seconds_of([&] { plain.run(panels, 0, rope, batch, hidden, nullptr); }) /
+                         products_.layer(real(rows), 1);
+    }
     if (!options_.recipe.needs_statistics()) return;
     StatisticsCollector collector(statistics_.emplace(), config_.kv_heads, config_.head_dim,
                                   options_.threads);
@@ -243,6 +255,10 @@ class TimePlanner {
                            rates_.observed * products_.layers(real(text.ids.size()), text.length));
     }
     if (goal_.given()) add("choose", choosing());
+    if (recipe_.curvature) {
+      add("write text", writing());
+      if (recipe_.output_curvature) add("weigh outputs", weighing());
+    }
     add("quantize", loading() + rates_.fold * products_.weights() +
                         (recipe_.curvature ? two_streams() : rates_.round * weights_in_4_bits()));
     if (options_.held_back) {
@@ -292,9 +308,26 @@ class TimePlanner {
     return alone + (mixtures + 1) * mixture;
   }
 
-  // Both streams, the sums over them, gradients of the outputs, and the rounding.
+  double writing() const {
+    const OwnTextWork work = own_text_work(config_, *options_.calibration, recipe_.own_text);
+    const double tokens = real(work.tokens);
+    return rates_.written *
+               (products_.layers(tokens, options_.calibration->length) + products_.head(tokens)) +
+           real(work.layer_loads) * loading() +
+           real(work.head_loads) * rates_.load * real(config_.vocab) * real(config_.hidden);
+  }
+
+  // The original, forward and back, before any layer is rounded.
+  double weighing() const {
+    const Windows text = with_room_for_own_text(*options_.calibration, recipe_.own_text);
+    const double used = real(OutputGradients::tokens_used(text));
+    return 2 * loading() + rates_.product * (kBackward * products_.layers(used, text.length) +
+                                             kHeadBackward * products_.head(used));
+  }
+
+  // Both streams, the sums over them, gradients of each layer's outputs, and the rounding.
   double two_streams() const {
-    const Windows& text = *options_.calibration;
+    const Windows text = with_room_for_own_text(*options_.calibration, recipe_.own_text);
     const double tokens = real(text.ids.size());
     double products = 2 * products_.layers(tokens, text.length);
     const double hidden = real(config_.hidden), heads = real(config_.q_rows()), ffn = real(config_.ffn);
@@ -309,8 +342,9 @@ class TimePlanner {
         const double rows = real(formats::linear_shape(config_, i)[0]);
         outputs += rows * rows / 2;
       }
-      products += kBackward * products_.layers(used, text.length) + kHeadBackward * products_.head(used) +
-                  real(config_.layers) * used * outputs;
+      // Once more forward in each layer, and back.
+      products +=
+          (kBackward - 1) * products_.layers(used, text.length) + real(config_.layers) * used * outputs;
     }
     return rates_.product * products + real(config_.layers) * joint_rounding();
   }

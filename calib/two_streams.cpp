@@ -70,7 +70,7 @@ struct TwoStreams::Layer {
 };
 
 TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads,
-                       const Modules* modules)
+                       Progress& progress, const Modules* modules)
     : source_(source),
       windows_(windows),
       recipe_(recipe),
@@ -82,7 +82,7 @@ TwoStreams::TwoStreams(const WeightSource& source, const Windows& windows, const
       original_(windows.ids.size() * source.config().hidden) {
   source.embed(windows.ids, original_);
   quantized_ = original_;
-  if (recipe.curvature && recipe.output_curvature) gradients_.emplace(source, windows, threads);
+  if (recipe.curvature && recipe.output_curvature) gradients_.emplace(source, windows, threads, progress);
 }
 
 std::uint64_t TwoStreams::bytes(const formats::ModelConfig& config, const Recipe& recipe,

@@ -47,7 +47,7 @@ class TwoStreams {
   // recipe's weight keys. Inputs of all linears are FP8 in the quantised stream, whatever their own
   // precision.
   TwoStreams(const WeightSource& source, const Windows& windows, const Recipe& recipe, int threads,
-             const Modules* modules = nullptr);
+             Progress& progress, const Modules* modules = nullptr);
 
   // weights: the layer's original ones with the recipe's folds. Both streams then stand after the layer.
   QuantizedLayer quantize(std::uint64_t layer, LayerWeights weights, StreamReport& report);

@@ -1,7 +1,9 @@
 """What the presets cost on stories15M, as docs/results.md reports it: a guard against losing accuracy unnoticed."""
+import json
+
 import numpy as np
 
-from harness import DATA, STORIES_15M, TINY, TestCase, fireq, fireq_json, main
+from harness import DATA, GRIMM, STORIES_15M, STORIES_260K, TINY, TestCase, fireq, fireq_json, main
 
 EVALUATE = ("--text", TINY, "--skip-chars", 50000, "--max-chars", 40000, "--bos", "head", "--ctx", 256)
 CALIBRATE = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 60000, "--samples", 64, "--length", 256,
@@ -32,6 +34,22 @@ class Stories15M(TestCase):
 
     def test_best(self):
         self.assertLess(self.cost("best", "--preset", "best", *CALIBRATE), 0.04)
+
+
+class OwnText(TestCase):
+    """A little text of another kind: what the model writes itself makes up for much of what is lacking."""
+
+    def test_best_with_little_text(self):
+        kl = {}
+        for share in (0, 1):
+            recipe = self.tmp / f"{share}.json"
+            recipe.write_text(json.dumps({"preset": "best", "curvature": {"own_text": share}}))
+            out = self.quantised(f"own-{share}", STORIES_260K, "--recipe", recipe, "--text", GRIMM, "--max-chars", 60000,
+                                 "--samples", 8, "--length", 256, "--no-measure")
+            kl[share] = fireq_json("eval", out, "--text", TINY, "--skip-chars", 50000, "--max-chars", 20000, "--ctx", 256,
+                                   "--kv", "fp", "--reference", STORIES_260K)["kl_mean"]
+        print(kl)
+        self.assertLess(kl[1], 0.92 * kl[0])
 
 
 class Families(TestCase):

@@ -202,7 +202,8 @@ TEST(OutputGradients, CurvatureIsThatOfTheDivergence) {
     return out;
   };
   std::normal_distribution<double> normal;
-  OutputGradients gradients(*source, windows, 2);
+  Progress progress;
+  OutputGradients gradients(*source, windows, 2, progress);
   std::vector<float> hidden(windows.count * config.hidden);
   source->embed(windows.ids, hidden);
   for (std::uint64_t layer = 0; layer < config.layers; ++layer) {

@@ -58,6 +58,8 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_TRUE(best.curvature && best.compensate && best.residual && best.output_curvature);
   EXPECT_EQ(best.weights.levels, libquant::Levels::normal());
   EXPECT_EQ(best.descent_passes, 3U);
+  EXPECT_EQ(best.own_text, 1);
+  EXPECT_EQ(preset_recipe("fast").own_text, 0);
   EXPECT_EQ(best.key_factors, KeyFactors::moments);
   EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.75);
   EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.75);

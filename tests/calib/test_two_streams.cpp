@@ -62,7 +62,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
   }
 
   std::vector<QuantizedLayer> quantize_all(const Recipe& recipe, int threads) {
-    TwoStreams streams(*source_, windows_, recipe, threads);
+    TwoStreams streams(*source_, windows_, recipe, threads, progress_);
     std::vector<QuantizedLayer> out;
     for (std::uint64_t layer = 0; layer < source_->config().layers; ++layer) {
       StreamReport report;
@@ -79,6 +79,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
   TempFolder folder_;
   std::unique_ptr<WeightSource> source_;
   Windows windows_;
+  Progress progress_;
 };
 
 TEST_P(TwoStreamsTest, ThreadsDoNotMatter) {
@@ -91,7 +92,7 @@ TEST_P(TwoStreamsTest, ReplayedLayersLeaveTheSameStreams) {
   const Recipe recipe = plain_best();
   const std::vector<QuantizedLayer> whole = quantize_all(recipe, 2);
   for (std::uint64_t done = 1; done < whole.size(); ++done) {
-    TwoStreams streams(*source_, windows_, recipe, 2);
+    TwoStreams streams(*source_, windows_, recipe, 2, progress_);
     for (std::uint64_t layer = 0; layer < done; ++layer) {
       streams.replay(layer, source_->load_layer(layer, 2), whole[layer]);
     }
@@ -99,7 +100,7 @@ TEST_P(TwoStreamsTest, ReplayedLayersLeaveTheSameStreams) {
     expect_same(streams.quantize(done, source_->load_layer(done, 2), report), whole[done]);
   }
   // And the streams matter: other weights before give other codes after.
-  TwoStreams streams(*source_, windows_, recipe, 2);
+  TwoStreams streams(*source_, windows_, recipe, 2, progress_);
   QuantizedLayer other = whole[0];
   for (std::uint8_t& s : other[kDown].group_scales) s = static_cast<std::uint8_t>(s - 8);
   streams.replay(0, source_->load_layer(0, 2), other);
