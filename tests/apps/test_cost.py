@@ -241,7 +241,7 @@ class Time(TestCase):
                 (["quantize"], ("--preset", "rtn")),
                 (["quantize", "measure"], ("--preset", "rtn", *text)),
                 (["check text", "calibrate", "quantize"], ("--preset", "fast", "--no-measure", *text)),
-                (["check text", "calibrate", "quantize", "measure"], text),
+                (["check text", "calibrate", "write text", "weigh outputs", "quantize", "measure"], text),
                 (["check text", "choose", "quantize", "measure"], ("--preset", "rtn", "--target-size", "10MB", *text)),
                 (["check text", "calibrate", "choose", "quantize", "measure"], ("--preset", "fast", "--max-kl", 1, *text))):
             with self.subTest(args=args[:3]):
