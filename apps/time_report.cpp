@@ -18,6 +18,7 @@ std::string about(double seconds) {
   if (whole < 60) return fmt::format("{} s", whole);
   if (whole < 600) return fmt::format("{} min {} s", whole / 60, whole % 60);
   if (whole < 3600) return fmt::format("{} min", (whole + 30) / 60);
+  if (whole >= 36000) return fmt::format("{} h", (whole + 1800) / 3600);
   return fmt::format("{} h {} min", whole / 3600, whole % 3600 / 60);
 }
 

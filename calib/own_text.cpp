@@ -14,8 +14,6 @@
 namespace fireq::calib {
 namespace {
 
-// Layers, and the head, are kept for all tokens where they take no more than this, else loaded for each.
-constexpr std::uint64_t kKeptBytes = std::uint64_t{1} << 30U;
 // Windows written side by side: as many as have keys and values in this much, at least one.
 constexpr std::uint64_t kCacheBytes = std::uint64_t{4} << 30U;
 constexpr std::uint64_t kMostAtOnce = 64;
@@ -82,41 +80,42 @@ struct Writer {
 
 }  // namespace
 
-std::uint64_t own_text_windows(const Windows& windows, double share) noexcept {
+bool writes_own_text(const formats::ModelConfig& config) {
+  return layer_bytes(config) + head_bytes(config) <= kOwnTextModelBytes;
+}
+
+std::uint64_t own_text_windows(const formats::ModelConfig& config, const Windows& windows, double share) {
+  if (!writes_own_text(config)) return 0;
   return static_cast<std::uint64_t>(std::llround(share * static_cast<double>(windows.count)));
 }
 
-Windows with_room_for_own_text(const Windows& windows, double share) {
+Windows with_room_for_own_text(const formats::ModelConfig& config, const Windows& windows, double share) {
   Windows all = windows;
-  all.count += own_text_windows(windows, share);
+  all.count += own_text_windows(config, windows, share);
   all.ids.resize(all.count * all.length);
   return all;
 }
 
 OwnTextWork own_text_work(const formats::ModelConfig& config, const Windows& windows, double share) {
-  const std::uint64_t own = own_text_windows(windows, share);
+  const std::uint64_t own = own_text_windows(config, windows, share);
   if (own == 0) return {};
-  const std::uint64_t most = at_once(config, windows.length);
-  const std::uint64_t rounds = (own + most - 1) / most;
-  const std::uint64_t positions = rounds * (windows.length - prompt_length(windows.length));
-  return {own * windows.length, std::min(own, most), layer_bytes(config) <= kKeptBytes ? 1 : positions,
-          head_bytes(config) <= kKeptBytes ? 1 : positions};
+  return {own * windows.length, std::min(own, at_once(config, windows.length))};
 }
 
 Windows with_own_text(const WeightSource& model, const Windows& windows, double share, int threads,
                       Progress& progress) {
   const formats::ModelConfig& config = model.config();
   const std::uint64_t length = windows.length;
-  const std::uint64_t own = own_text_windows(windows, share);
-  Windows all = with_room_for_own_text(windows, share);
+  const std::uint64_t own = own_text_windows(config, windows, share);
+  Windows all = with_room_for_own_text(config, windows, share);
   if (own == 0) return all;
   const std::uint64_t prompt = prompt_length(length);
   const std::span<std::int32_t> written = std::span(all.ids).subspan(windows.ids.size());
   for (std::uint64_t i = 0; i < own; ++i) {
     std::copy_n(windows.ids.data() + i * windows.count / own * length, prompt, written.data() + i * length);
   }
-  ModelRunner runner(model, Precision{}, threads, layer_bytes(config) <= kKeptBytes);
-  OutputHead head(model, head_bytes(config) <= kKeptBytes, OutputHead::part_rows_for(config.hidden), threads);
+  ModelRunner runner(model, Precision{}, threads, true);
+  OutputHead head(model, true, OutputHead::part_rows_for(config.hidden), threads);
   Writer writer{model, runner, head, threads};
   progress.begin("write text", own * length);
   const std::uint64_t most = at_once(config, length);
@@ -129,17 +128,14 @@ Windows with_own_text(const WeightSource& model, const Windows& windows, double 
 }
 
 std::uint64_t own_text_bytes(const formats::ModelConfig& config, const Windows& windows, double share) {
-  const std::uint64_t own = own_text_windows(windows, share);
+  const std::uint64_t own = own_text_windows(config, windows, share);
   if (own == 0) return 0;
   const std::uint64_t count = std::min(own, at_once(config, windows.length));
   const std::uint64_t prompt = prompt_length(windows.length);
-  const auto kept = [](std::uint64_t bytes, std::uint64_t else_part) {
-    return bytes <= kKeptBytes ? bytes : else_part;
-  };
-  // Queries, keys, values and both halves of the MLP of the prompts, logits and the samplers' weights.
-  return kept(layer_bytes(config), 0) + kept(head_bytes(config), OutputHead::kPartBytes) +
+  // Hidden states, queries, attention, keys and values of the prompts, logits and the samplers' weights.
+  return layer_bytes(config) + head_bytes(config) +
          count * (cache_bytes(config, windows.length) +
-                  prompt * sizeof(float) * (2 * config.hidden + config.q_rows() + 2 * config.kv_rows()) +
+                  prompt * sizeof(float) * (config.hidden + 2 * config.q_rows() + 2 * config.kv_rows()) +
                   config.vocab * (sizeof(float) + sizeof(double) + sizeof(std::uint32_t)));
 }
 

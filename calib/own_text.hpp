@@ -10,8 +10,13 @@
 
 namespace fireq::calib {
 
-// How many of `windows` the model writes on from: share of them, rounded to the nearest, 0 to all.
-std::uint64_t own_text_windows(const Windows& windows, double share) noexcept;
+// Layers and head are kept in FP32 while it writes, for each position goes through all of them. A model whose
+// layers and head take more than this writes none.
+inline constexpr std::uint64_t kOwnTextModelBytes = std::uint64_t{4} << 30U;
+bool writes_own_text(const formats::ModelConfig& config);
+
+// How many windows the model writes: share of `windows`, rounded to the nearest.
+std::uint64_t own_text_windows(const formats::ModelConfig& config, const Windows& windows, double share);
 
 // `windows`, and behind them own_text_windows more of the same length. Each begins like one of `windows`,
 // taken evenly from all of them: its first sixteenth, at least one token. The rest is drawn token by token
@@ -21,13 +26,11 @@ Windows with_own_text(const WeightSource& model, const Windows& windows, double 
                       Progress& progress);
 
 // `windows` with room behind them for those: the shape of what with_own_text returns.
-Windows with_room_for_own_text(const Windows& windows, double share);
+Windows with_room_for_own_text(const formats::ModelConfig& config, const Windows& windows, double share);
 
 struct OwnTextWork {
   std::uint64_t tokens = 0;        // that pass through the model
   std::uint64_t side_by_side = 0;  // windows that are written at once
-  std::uint64_t layer_loads = 0;   // how often all decoder layers are read
-  std::uint64_t head_loads = 0;
 };
 OwnTextWork own_text_work(const formats::ModelConfig& config, const Windows& windows, double share);
 

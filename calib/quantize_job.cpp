@@ -468,10 +468,18 @@ QuantizeResult Job::run() {
   }
   FireqWriter writer(fs_, options_.out, reader_.folder(), options_.mode, options_.force, fingerprints());
   obtain_statistics(writer);
+  bool open = false;
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
-    if (!writer.unit_done(layer_unit(layer))) last_open_layer_ = layer;
+    if (writer.unit_done(layer_unit(layer))) continue;
+    last_open_layer_ = layer;
+    open = true;
   }
-  if (options_.recipe.curvature) {
+  if (options_.recipe.curvature && open) {
+    if (options_.recipe.own_text > 0 && !writes_own_text(config_)) {
+      progress_.warning(
+          "rounded on the given text alone: layers and head take more than 4 GiB in FP32, too much to write "
+          "text with (docs/recipes.md, curvature.own_text)");
+    }
     stream_windows_ =
         with_own_text(source_, *options_.calibration, options_.recipe.own_text, options_.threads, progress_);
     streams_.emplace(source_, stream_windows_, options_.recipe, options_.threads, progress_, &modules_);

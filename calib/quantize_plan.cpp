@@ -49,7 +49,7 @@ MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe,
   }
   plan.peak = 2 * plan.largest_layer_fp32;
   if (recipe.needs_text() && windows != nullptr) {
-    const Windows streams = with_room_for_own_text(*windows, recipe.own_text);
+    const Windows streams = with_room_for_own_text(config, *windows, recipe.own_text);
     // Text is written before the streams begin.
     plan.calibration_bytes = std::max(TwoStreams::bytes(config, recipe, streams),
                                       own_text_bytes(config, *windows, recipe.own_text));

@@ -18,8 +18,6 @@ namespace {
 using formats::ModulePrecision;
 
 constexpr std::uint64_t kKeptHeadBytes = std::uint64_t{1} << 30U;
-// Variants whose logits are made side by side, against the original's made once.
-constexpr std::size_t kScoredTogether = 16;
 
 // FP8 weights of rows, r * w8, in place.
 void through_fp8(std::span<float> rows, std::uint64_t cols) {

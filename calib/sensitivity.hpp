@@ -23,6 +23,9 @@ struct PrecisionUnit {
   std::vector<std::size_t> linears;
 };
 
+// Variants whose logits are made side by side, against the original's made once.
+inline constexpr std::size_t kScoredTogether = 16;
+
 // What the measurements need to know of a run. All outlive the measurement.
 struct PlannedRun {
   const WeightSource& source;

@@ -16,6 +16,7 @@
 #include "calib/modules.hpp"
 #include "calib/output_gradients.hpp"
 #include "calib/own_text.hpp"
+#include "calib/sensitivity.hpp"
 #include "common/error.hpp"
 #include "common/parallel.hpp"
 #include "libquant/curvature.hpp"
@@ -300,7 +301,7 @@ class TimePlanner {
     const double alone =
         loading() + rates_.round * products_.weights() +
         rates_.product * ((1 + variants * mean_share) * products_.layers(tokens, windows.length) +
-                          variants * (1 + 1 / kScoredTogether) * products_.head(tokens));
+                          variants * (1 + 1 / real(kScoredTogether)) * products_.head(tokens));
     const double mixture =
         2 * (pass(windows) + head(windows.ids.size())) + rates_.round * products_.weights();
     const double mixtures =
@@ -313,13 +314,12 @@ class TimePlanner {
     const double tokens = real(work.tokens);
     return rates_.written *
                (products_.layers(tokens, options_.calibration->length) + products_.head(tokens)) +
-           real(work.layer_loads) * loading() +
-           real(work.head_loads) * rates_.load * real(config_.vocab) * real(config_.hidden);
+           (work.tokens > 0 ? loading() : 0);
   }
 
   // The original, forward and back, before any layer is rounded.
   double weighing() const {
-    const Windows text = with_room_for_own_text(*options_.calibration, recipe_.own_text);
+    const Windows text = with_room_for_own_text(config_, *options_.calibration, recipe_.own_text);
     const double used = real(OutputGradients::tokens_used(text));
     return 2 * loading() + rates_.product * (kBackward * products_.layers(used, text.length) +
                                              kHeadBackward * products_.head(used));
@@ -327,7 +327,7 @@ class TimePlanner {
 
   // Both streams, the sums over them, gradients of each layer's outputs, and the rounding.
   double two_streams() const {
-    const Windows text = with_room_for_own_text(*options_.calibration, recipe_.own_text);
+    const Windows text = with_room_for_own_text(config_, *options_.calibration, recipe_.own_text);
     const double tokens = real(text.ids.size());
     double products = 2 * products_.layers(tokens, text.length);
     const double hidden = real(config_.hidden), heads = real(config_.q_rows()), ffn = real(config_.ffn);
@@ -368,9 +368,8 @@ class TimePlanner {
     return seconds;
   }
 
-  static constexpr double kScoredTogether = 16;  // variants for one original (sensitivity.hpp)
-  static constexpr double kSums = 1.5;           // half of x_q x_q, all of x_f x_q
-  static constexpr double kBackward = 4;         // forward, again on the way back, and two products back
+  static constexpr double kSums = 1.5;    // half of x_q x_q, all of x_f x_q
+  static constexpr double kBackward = 4;  // forward, again on the way back, and two products back
   static constexpr double kHeadBackward = 3;
 
   const WeightSource& source_;

@@ -1,7 +1,7 @@
 // How long a run will take on this machine, before it begins. The work of every stage is counted in
 // multiply-adds, weights loaded and weights rounded; what one of each takes is measured on the model's first
-// layer, within about a second. An estimate: it knows nothing of other programs, of a disk that is slower
-// than the first layer's pages, nor of memory that is short.
+// layer, in about the time of reading two layers. An estimate: it knows nothing of other programs, of a disk
+// that is slower than the first layer's pages, nor of memory that is short.
 #pragma once
 
 #include <optional>

@@ -104,7 +104,8 @@ class FireqWriter {
   FireqWriter(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode, bool force,
               const std::array<std::string, 3>& fingerprints);
   // The refusals of an output that need no fingerprint, before work whose result it would take. Makes
-  // nothing; removes what a run left that was killed behind its complete output. The constructor looks again.
+  // nothing but the lock of a partial output that is there; removes what a run left that was killed behind
+  // its complete output. The constructor looks again.
   static void refuse_early(FileSystem& fs, std::string out, const std::string& source_folder, Mode mode,
                            bool force);
   ~FireqWriter();  // releases the lock; leaves the partial folder

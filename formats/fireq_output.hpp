@@ -30,7 +30,7 @@ class LockFile {
   LockFile& operator=(const LockFile&) = delete;
   // Creates FOLDER if needed and the lock file in it. Error(environment) when another process holds it.
   void acquire(FileSystem& fs, const std::string& folder);
-  // The same error, without taking the lock or making anything.
+  // The same error, without keeping the lock or making anything.
   static void refuse_held(const std::string& folder);
 
  private:

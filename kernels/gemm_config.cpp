@@ -35,7 +35,8 @@ GemmChoice choose_decode(const DeviceInfo& device, std::uint64_t tokens, std::ui
     return GemmConfig{Route::decode, tile, cluster, 1, true, 64};
   };
   const auto fits = [&](std::uint32_t cluster) { return halves * cluster <= room; };
-  // A multiprocessor with two CTAs of a launch takes longer: with a long K only where nearly all have two.
+  // A multiprocessor with two CTAs of a launch takes longer: with a long K only where nearly all have two, or
+  // nearly all one.
   if (!long_k && halves <= device.clusters_of_4 && fits(4))
     return {in_halves(4), "decode, 64 rows a cluster of four, an eighth of K a warpgroup"};
   const bool even = halves * 2 <= one_each && halves * 20 >= one_each * 9;

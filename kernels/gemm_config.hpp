@@ -25,7 +25,7 @@ int device_count() noexcept;  // 0 in a build without CUDA
 
 enum class Route : std::uint8_t {
   portable,  // any sm_80 and later, either layout
-  decode,    // sm_90a, sm90 layout, up to 64 tokens a launch
+  decode,    // sm_90a, sm90 layout, up to kMostDecodeTokens tokens
   prefill,   // sm_90a, sm90 layout
   cublas     // dequantised to FP8 scratch, then cuBLASLt
 };
@@ -49,7 +49,7 @@ struct GemmConfig {
 std::string to_string(Route route);
 std::string to_string(const GemmConfig& config);  // "decode n16 c1"
 
-// All configurations that can multiply M tokens by K channels with this layout on this device.
+// The configurations worth trying for M tokens with this layout on this device.
 std::vector<GemmConfig> gemm_configs(const DeviceInfo& device, WeightLayout layout, std::uint64_t tokens);
 
 struct GemmChoice {

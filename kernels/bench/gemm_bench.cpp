@@ -97,7 +97,7 @@ class Bench {
                 : !listed)
           continue;
         if (config.route == Route::decode && config.token_tile > 8 && m <= config.token_tile / 2) continue;
-        // Grids that would not fit at once.
+        // Grids of more than two rounds.
         if (config.route == Route::decode && (config.cluster > 1 || config.row_tile == 64) &&
             ctas(s, m, config) > 4 * device_.multiprocessors)
           continue;

@@ -1,4 +1,5 @@
-// Decode GEMM for sm_90a, up to 64 tokens: y[M, N] = (a r) (x8 w8^T), weights streamed once from memory.
+// Decode GEMM for sm_90a, up to 64 tokens a CTA: y[M, N] = (a r) (x8 w8^T), weights streamed once from
+// memory.
 //
 // The weights are the register operand of wgmma (64 rows a warpgroup) and the tokens the shared-memory one,
 // so that few tokens cost few columns, and codes are expanded to FP8 between a shared-memory load and the
@@ -292,11 +293,12 @@ class DecodeConsumer {
     }
   }
 
-  // Adds a chunk's accumulators to the FP32 sums; after the last chunk acc holds the total.
+  // Sums between promotions where they stay in registers: FP32, or scaled FP16.
   struct Sums {
     float v[Traits::kSumsInShared || Traits::kSumsInHalves ? 1 : Traits::kAccumulators];
     uint4 halves[Traits::kSumsInHalves ? Traits::kAccumulators / 8 : 1];
   };
+  // Adds a chunk's accumulators to the sums; after the last chunk acc holds the total.
   __device__ __forceinline__ void promote(bool first, bool last, std::uint32_t sums, Sums& sum,
                                           float (&acc)[Traits::kAccumulators]) const {
     if constexpr (Traits::kSumsInHalves) {
@@ -380,7 +382,9 @@ class DecodeConsumer {
 // until they have come.
 __device__ __forceinline__ void keep_place(std::uint32_t nanoseconds) {
   ptx::launch_next_kernel();
-  ptx::wait_for_previous_kernel();  // its CTAs' places are the next kernel's
+  // Its CTAs' places are the next kernel's; and no CTA may end before that kernel has, or the next would not
+  // wait for it.
+  ptx::wait_for_previous_kernel();
   __nanosleep(nanoseconds);
 }
 

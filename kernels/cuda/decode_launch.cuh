@@ -35,6 +35,7 @@ template <Division kDivision>
 struct Choice<64, kDivision> : Depths<64, 5, 4, kDivision> {};
 
 // CTAs of a launch in clusters: where there are fewer of them than multiprocessors, one each (keep_place).
+// Clusters of four do not fill the GPU's processing clusters anyway.
 inline std::uint32_t places(const SplitPlan& plan, std::uint32_t token_tiles, std::uint32_t multiprocessors) {
   if (plan.shares > 2) return plan.workers;
   return std::max(plan.workers, multiprocessors / token_tiles / plan.shares * plan.shares);

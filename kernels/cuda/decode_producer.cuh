@@ -123,7 +123,7 @@ struct DecodeShared {
   __device__ __forceinline__ std::uint32_t all_ready() const { return scales_full() + 16; }
 };
 
-// Weights: `first` fills the ring once, before the CTA's barrier and the kernel before's end; `rest` goes on.
+// Weights: `first` fills the ring once, while the kernel before may still run; `rest` goes on.
 template <class Traits>
 class WeightProducer {
  public:

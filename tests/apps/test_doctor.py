@@ -55,9 +55,8 @@ def writing(shape, vocab, windows=10, length=2048):
     output = 4 * vocab * hidden
     cache = 4 * layers * length * kv_heads * (2 * head + 2)
     rows = min(windows, max(1, 2**32 // cache))
-    prompt = length // 16 * 4 * (2 * hidden + heads * head + 2 * kv_heads * head)
-    return ((matrices if matrices <= 2**30 else 0) + (output if output <= 2**30 else 2**26) +
-            rows * (cache + prompt + 16 * vocab))
+    prompt = length // 16 * 4 * (hidden + 2 * heads * head + 2 * kv_heads * head)
+    return matrices + output + rows * (cache + prompt + 16 * vocab) if matrices + output <= 2**32 else 0
 
 
 def peak(shape, vocab, best, tokens=10 * 2048):
@@ -71,9 +70,10 @@ def peak(shape, vocab, best, tokens=10 * 2048):
     outputs = (16384 * hidden * (2 * layers + 12) +
                4 * sum(n * n for n in (heads * head, kv_heads * head, kv_heads * head, hidden, ffn, ffn, hidden)) +
                2 * widest * (16 * widest + 20 * hidden + 16384))
-    # As many windows again are the model's own text.
-    streams = 2 * tokens * (8 * hidden + widest) + 24 * widest**2 + outputs
-    return 4 * layer + max(streams, writing(shape, vocab)) + 200_000_000
+    # As many windows again are the model's own text, where it writes any.
+    own = writing(shape, vocab)
+    streams = (2 if own else 1) * tokens * (8 * hidden + widest) + 24 * widest**2 + outputs
+    return 4 * layer + max(streams, own) + 200_000_000
 
 
 class Doctor(TestCase):

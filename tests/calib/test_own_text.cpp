@@ -23,11 +23,22 @@ using testing_support::write_random_model;
 
 TEST(OwnText, HowMuch) {
   const Windows windows{{}, 10, 4};
-  EXPECT_EQ(own_text_windows(windows, 0), 0U);
-  EXPECT_EQ(own_text_windows(windows, 0.04), 0U);
-  EXPECT_EQ(own_text_windows(windows, 0.25), 3U);
-  EXPECT_EQ(own_text_windows(windows, 1), 10U);
-  EXPECT_EQ(own_text_windows(windows, 2.5), 25U);
+  formats::ModelConfig config;
+  config.hidden = config.ffn = 64;
+  config.layers = config.heads = config.kv_heads = 1;
+  config.head_dim = 64;
+  config.vocab = 100;
+  EXPECT_EQ(own_text_windows(config, windows, 0), 0U);
+  EXPECT_EQ(own_text_windows(config, windows, 0.04), 0U);
+  EXPECT_EQ(own_text_windows(config, windows, 0.25), 3U);
+  EXPECT_EQ(own_text_windows(config, windows, 1), 10U);
+  EXPECT_EQ(own_text_windows(config, windows, 2.5), 25U);
+  config.layers = 200'000;  // 8 matrices of 64 x 64: over 4 GiB
+  EXPECT_FALSE(writes_own_text(config));
+  EXPECT_EQ(own_text_windows(config, windows, 1), 0U);
+  config.layers = 1;
+  config.vocab = 20'000'000;
+  EXPECT_EQ(own_text_windows(config, windows, 1), 0U);
 }
 
 class OwnTextOfFamily : public testing::TestWithParam<const char*> {
