@@ -154,15 +154,15 @@ class Sampler {
     pass(plain, nullptr);  // work areas are made once
     rates_.product = pass(plain, nullptr);
     if (options_.held_back) rates_.quantised = pass(quantised, nullptr);
-    if (options_.recipe.own_text > 0 && options_.calibration) {
-      const std::uint64_t rows =
-          own_text_work(config_, *options_.calibration, options_.recipe.own_text).side_by_side;
-      std::vector<float> hidden(rows * config_.hidden, 1.0F);
-      const Batch batch{rows, 1, 0, 0};
-      if (rows > 0) plain.run(panels, 0, rope, batch, hidden, nullptr);  // work areas
-      if (rows > 0)
-        rates_.written = seconds_of([&] { plain.run(panels, 0, rope, batch, hidden, nullptr); }) /
-                         products_.layer(real(rows), 1);
+    const std::uint64_t written =
+        options_.calibration
+            ? own_text_work(config_, *options_.calibration, options_.recipe.own_text).side_by_side
+            : 0;
+    if (written > 0) {
+      std::vector<float> hidden(written * config_.hidden, 1.0F);
+      const auto step = [&] { plain.run(panels, 0, rope, {written, 1, 0, 0}, hidden, nullptr); };
+      step();  // work areas
+      rates_.written = seconds_of(step) / products_.layer(real(written), 1);
     }
     if (!options_.recipe.needs_statistics()) return;
     StatisticsCollector collector(statistics_.emplace(), config_.kv_heads, config_.head_dim,
