@@ -79,31 +79,30 @@ struct Segment {
 // Walks a worker's segments in order: its share of a split block, then whole blocks.
 class SegmentWalk {
  public:
-  FIREQ_HOST_DEVICE SegmentWalk(const SplitPlan& plan, std::uint32_t worker) : plan_(plan) {
-    const bool shares = worker < plan.split_workers;
-    position_ = shares ? plan.share_begin(worker) : 0;
-    end_ = shares ? plan.share_begin(worker + 1) : 0;
-    whole_ = plan.split_blocks + worker;
-  }
-  FIREQ_HOST_DEVICE bool next(Segment& s) {
-    if (position_ < end_) {
-      s.block = position_ / plan_.units;
-      s.begin = position_ - s.block * plan_.units;
-      s.end = s.begin + end_ - position_;
-      position_ = end_;
+  FIREQ_HOST_DEVICE SegmentWalk(const SplitPlan& plan, std::uint32_t worker)
+      : plan_(plan), worker_(worker), shares_(worker < plan.split_workers ? 1U : 0U) {}
+  FIREQ_HOST_DEVICE bool next(Segment& s) { return at(turn_++, s); }
+  // The turn-th segment; if there is none, false, and s as it was. Little is kept between two of them.
+  FIREQ_HOST_DEVICE bool at(std::uint32_t turn, Segment& s) const {
+    if (turn < shares_) {
+      const std::uint32_t begin = plan_.share_begin(worker_);
+      s.block = begin / plan_.units;
+      s.begin = begin - s.block * plan_.units;
+      s.end = s.begin + plan_.share_begin(worker_ + 1) - begin;
       return true;
     }
-    if (whole_ >= plan_.blocks) return false;
-    s.block = whole_;
+    const std::uint32_t block = plan_.split_blocks + worker_ + (turn - shares_) * plan_.workers;
+    if (block >= plan_.blocks) return false;
+    s.block = block;
     s.begin = 0;
     s.end = plan_.units;
-    whole_ += plan_.workers;
     return true;
   }
 
  private:
   const SplitPlan& plan_;
-  std::uint32_t position_, end_, whole_;
+  std::uint32_t worker_, shares_;
+  std::uint32_t turn_ = 0;
 };
 
 }  // namespace fireq::kernels

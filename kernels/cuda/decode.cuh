@@ -57,22 +57,23 @@ class DecodeConsumer {
   }
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
-    if constexpr (Traits::kAhead) {
-      wait_for_weights(watch);
-      const std::uint32_t from = half_of(0);
-      const std::uint32_t sigma = next_.load_first(from, warp_, lane_);
-      next_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
-    }
-    SegmentWalk walk(p_.plan, blockIdx.x);
+    wait_for_weights(0, 0, watch);
+    const std::uint32_t from = half_of(0);
+    const std::uint32_t sigma = codes_.load_first(from, warp_, lane_);
+    codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
     Segment segment;
-    while (walk.next(segment)) {
+    for (std::uint32_t turn = 0; SegmentWalk(p_.plan, blockIdx.x).at(turn, segment); ++turn) {
       RowTerms terms;
-      if constexpr (!Traits::kClusters) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
+      if constexpr (kTermsEarly) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
       float acc[Traits::kAccumulators];
       multiply(segment, acc, watch);
       watch.stamp(Stamp::multiplied);
+      if constexpr (!kTermsEarly) {  // the loop wants the registers
+        find_itself();
+        SegmentWalk(p_.plan, ptx::block_index()).at(turn, segment);
+      }
       if (!Traits::kHalves && segment.begin == 0 && segment.end == p_.plan.units) {
-        if constexpr (Traits::kClusters) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
+        if constexpr (!kTermsEarly) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
 #pragma unroll
         for (std::uint32_t j = 0; j < Traits::kBlocks; ++j)
           ptx::store_shared_16(sums() + 4096 * j, as_words(acc + 4 * j));
@@ -108,6 +109,14 @@ class DecodeConsumer {
   }
 
  private:
+  static constexpr bool kTermsEarly = !Traits::kClusters && !Traits::kRounds;
+
+  __device__ __forceinline__ void find_itself() {
+    const std::uint32_t warp = ptx::warp_index();
+    group_ = warp / 4;
+    warp_ = warp % 4;
+    lane_ = ptx::lane_index();
+  }
   __device__ __forceinline__ std::uint32_t first_row(std::uint32_t block) const {
     return block * Traits::kBlockRows + (Traits::kHalves ? 0 : group_ * kHalfRows) + 16 * warp_;
   }
@@ -202,94 +211,130 @@ class DecodeConsumer {
   __device__ __forceinline__ std::uint32_t half_of(std::uint32_t stage) const {
     return shared_.weights(stage) + group_ * Traits::kWarpgroupStep;
   }
-  __device__ __forceinline__ void wait_for_weights(Stopwatch<kVariant == Variant::profile>& watch) const {
+  __device__ __forceinline__ void wait_for_weights(std::uint32_t stage, std::uint32_t parity,
+                                                   Stopwatch<kVariant == Variant::profile>& watch) const {
     watch.begin_wait();
-    ptx::mbarrier_wait(shared_.weight_full(weights_.index), weights_.parity);
+    ptx::mbarrier_wait(shared_.weight_full(stage), parity);
     watch.end_wait(Waited::weights);
     watch.stamp_once(Stamp::first_weights);
   }
-  __device__ __forceinline__ void release_weights(std::uint32_t stage) const {
-    __syncwarp();
-    ptx::mbarrier_arrive_if(shared_.weight_empty(stage), ptx::arrives(lane_, 0));
-  }
 
+  // The tokens' ring beside stage `i` of the weights' round, from which it follows where they are in step.
+  __device__ __forceinline__ RingPosition<Traits::kTokenStages> token_place(std::uint32_t i) const {
+    if constexpr (Traits::kInStep) {
+      constexpr std::uint32_t kStages = Traits::kTokenStages;
+      const std::uint32_t rounds_before = Traits::kWeightStages / kStages % 2 == 1 ? weights_.parity : 0;
+      return {i % kStages, (rounds_before ^ (i / kStages)) & 1U};
+    } else {
+      return tokens_;
+    }
+  }
+  // Where a unit's operands are: its stages in both rings, the weights' next one, and the tokens' one before.
+  struct Place {
+    std::uint32_t weights, next, next_parity;
+    std::uint32_t tokens, tokens_parity, before;
+  };
+  // acc += this unit's w8 x8^T, while the codes of the next are loaded.
+  __device__ __forceinline__ void multiply_unit(const Segment& segment, std::uint32_t unit, const Place& at,
+                                                bool release_before, std::uint64_t descriptor,
+                                                float (&acc)[Traits::kAccumulators], std::uint32_t (&a)[4][4],
+                                                Stopwatch<kVariant == Variant::profile>& watch) {
+    wait_for_weights(at.next, at.next_parity, watch);
+#pragma unroll
+    for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg) {
+      const bool last_group = kg + 1 == Traits::kGroups;
+      const std::uint32_t from =
+          last_group ? half_of(at.next) : half_of(at.weights) + (kg + 1) * Traits::kGroupStep;
+      std::uint32_t sigma = 0;
+#pragma unroll
+      for (std::uint32_t s = 0; s < 4; ++s) {
+        wgmma_wait<3>();  // the multiply that read a[s] last is done
+        if (kg == 0 && s == 3) release_tokens(at.before, release_before);
+        codes_.expand(s, a[s]);
+        pin(a[s]);
+        // Not before the last codes were used: an arrival may overtake loads that have not come back.
+        if (last_group && s == 2) release_weights(at.weights);
+        // No wait here: a branch between multiplies would serialise them (ptxas C7513).
+        if (s == 1) sigma = codes_.load_first(from, warp_, lane_);
+        if (s == 3) codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
+        if constexpr (kVariant == Variant::dump)
+          dump_fragment(p_.dump, p_.output.rows, p_.groups, first_row(segment.block),
+                        unit * Traits::kStageGroups + (Traits::kHalves ? group_ * Traits::kGroups : 0) + kg,
+                        s, lane_, a[s]);
+        if (kg == 0 && s == 0) {
+          watch.begin_wait();
+          ptx::mbarrier_wait(shared_.token_full(at.tokens), at.tokens_parity);
+          watch.end_wait(Waited::tokens);
+          watch.stamp_once(Stamp::first_tokens);
+        }
+        wgmma_fence();
+        Wgmma<Traits::kTokens>::multiply(acc, a[s],
+                                         descriptor + kg * (Traits::kTokenGroupBytes / 16) + 2 * s);
+        wgmma_commit();
+      }
+    }
+  }
   // acc = sum over the segment's K of w8 x8^T.
   __device__ __forceinline__ void multiply(const Segment& segment, float (&acc)[Traits::kAccumulators],
                                            Stopwatch<kVariant == Variant::profile>& watch) {
-    const std::uint32_t table = shared_.base + Traits::kTableOffset;
+    constexpr std::uint32_t kRound = Traits::kWeightStages;
     Sums sum;
-    const std::uint32_t sums = this->sums();
     std::uint32_t a[4][4];
+    const auto descriptor_of = [&](std::uint32_t stage) {
+      return wgmma_descriptor(shared_.tokens(stage) +
+                              (Traits::kHalves ? group_ * Traits::kGroups * Traits::kTokenGroupBytes : 0));
+    };
 
-    std::uint32_t unit = segment.begin;
-    while (unit < segment.end) {
-      const bool first_chunk = unit == segment.begin;
-      const std::uint32_t start = unit;
-      const std::uint32_t stop = min(unit + Traits::kChunk, segment.end);
+    std::uint32_t unit = segment.begin;  // for dumps alone: the loop wants its register
+    bool first_chunk = true;
+    for (std::uint32_t left = segment.end - segment.begin; left != 0;) {
+      std::uint32_t chunk = min(left, Traits::kChunk);
+      left -= chunk;
 #pragma unroll
       for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
       pin(acc);
-      for (; unit < stop; ++unit) {
-        WeightFragment fragment[Traits::kAhead ? 1 : Traits::kGroups];
-        if constexpr (!Traits::kAhead) {
-          wait_for_weights(watch);
-          const std::uint32_t half = half_of(weights_.index);
+      bool released = true;  // the tokens' stage before
+      while (chunk != 0) {
+        if (Traits::kRounds && weights_.index == 0 && chunk >= kRound) {
+          // A whole round of the weights' ring, and one or more of the tokens': nothing is left to compute
+          // about their stages. The integer units are as busy as memory, so that each instruction counts.
+          const std::uint64_t first = descriptor_of(0);
 #pragma unroll
-          for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg)
-            fragment[kg].load(half + kg * Traits::kGroupStep, table, warp_, lane_);
-          weights_.advance();
-        } else {  // the next stage, whose first codes this unit's last steps load
-          weights_.advance();
-          wait_for_weights(watch);
-        }
-        const std::uint64_t descriptor =
-            wgmma_descriptor(shared_.tokens(tokens_.index) +
-                             (Traits::kHalves ? group_ * Traits::kGroups * Traits::kTokenGroupBytes : 0));
-#pragma unroll
-        for (std::uint32_t kg = 0; kg < Traits::kGroups; ++kg) {
-          WeightFragment& codes = Traits::kAhead ? next_ : fragment[Traits::kAhead ? 0 : kg];
-          std::uint32_t sigma = 0;
-#pragma unroll
-          for (std::uint32_t s = 0; s < 4; ++s) {
-            wgmma_wait<3>();  // the multiply that read a[s] last is done
-            if (kg == 0 && s == 3) release_tokens(tokens_.previous(), unit != start);
-            codes.expand(s, a[s]);
-            pin(a[s]);
-            // Not before the last codes were used: an arrival may overtake loads that have not come back.
-            if (kg + 1 == Traits::kGroups && s == 2) release_weights(weights_.previous());
-            if constexpr (Traits::kAhead) {
-              // No wait here: a branch between multiplies would serialise them (ptxas C7513).
-              const std::uint32_t from = kg + 1 == Traits::kGroups
-                                             ? half_of(weights_.index)
-                                             : half_of(weights_.previous()) + (kg + 1) * Traits::kGroupStep;
-              if (s == 1) sigma = next_.load_first(from, warp_, lane_);
-              if (s == 3) {
-                next_.load_second(from, table, sigma, warp_, lane_);
-              }
-            }
-            if constexpr (kVariant == Variant::dump)
-              dump_fragment(
-                  p_.dump, p_.output.rows, p_.groups, first_row(segment.block),
-                  unit * Traits::kStageGroups + (Traits::kHalves ? group_ * Traits::kGroups : 0) + kg, s,
-                  lane_, a[s]);
-            if (kg == 0 && s == 0) {
-              watch.begin_wait();
-              ptx::mbarrier_wait(shared_.token_full(tokens_.index), tokens_.parity);
-              watch.end_wait(Waited::tokens);
-              watch.stamp_once(Stamp::first_tokens);
-            }
-            wgmma_fence();
-            Wgmma<Traits::kTokens>::multiply(acc, a[s],
-                                             descriptor + kg * (Traits::kTokenGroupBytes / 16) + 2 * s);
-            wgmma_commit();
+          for (std::uint32_t i = 0; i < kRound; ++i) {
+            const RingPosition<Traits::kTokenStages> tokens = token_place(i);
+            const Place at{
+                i,
+                (i + 1) % kRound,
+                i + 1 == kRound ? weights_.parity ^ 1U : weights_.parity,
+                tokens.index,
+                tokens.parity,
+                Traits::kInStep ? (i + Traits::kTokenStages - 1) % Traits::kTokenStages : tokens.previous()};
+            multiply_unit(segment, unit++, at, i != 0 || !released,
+                          Traits::kInStep ? first + tokens.index * (Traits::kTokenStageBytes / 16)
+                                          : descriptor_of(tokens.index),
+                          acc, a, watch);
+            if constexpr (!Traits::kInStep) tokens_.advance();
           }
+          weights_.parity ^= 1U;
+          chunk -= kRound;
+        } else {
+          RingPosition<Traits::kWeightStages> next = weights_;
+          next.advance();
+          const RingPosition<Traits::kTokenStages> tokens = token_place(weights_.index);
+          const Place at{weights_.index, next.index,    next.parity,
+                         tokens.index,   tokens.parity, tokens.previous()};
+          multiply_unit(segment, unit++, at, !released, descriptor_of(tokens.index), acc, a, watch);
+          weights_ = next;
+          if constexpr (!Traits::kInStep) tokens_.advance();
+          --chunk;
         }
-        tokens_.advance();
+        released = false;
       }
       wgmma_wait<0>();
       pin(acc);
-      release_tokens(tokens_.previous(), true);
-      promote(first_chunk, unit == segment.end, sums, sum, acc);
+      release_tokens(token_place(weights_.index).previous(), true);
+      promote(first_chunk, left == 0, sum, acc);
+      first_chunk = false;
     }
   }
 
@@ -299,8 +344,8 @@ class DecodeConsumer {
     uint4 halves[Traits::kSumsInHalves ? Traits::kAccumulators / 8 : 1];
   };
   // Adds a chunk's accumulators to the sums; after the last chunk acc holds the total.
-  __device__ __forceinline__ void promote(bool first, bool last, std::uint32_t sums, Sums& sum,
-                                          float (&acc)[Traits::kAccumulators]) const {
+  __device__ __forceinline__ void promote(bool first, bool last, Sums& sum,
+                                          float (&acc)[Traits::kAccumulators]) {
     if constexpr (Traits::kSumsInHalves) {
 #pragma unroll
       for (std::uint32_t i = 0; i < Traits::kAccumulators / 8; ++i) {
@@ -314,6 +359,8 @@ class DecodeConsumer {
         acc[i] = sum.v[i];
       }
     } else {
+      find_itself();
+      const std::uint32_t sums = this->sums();
 #pragma unroll
       for (std::uint32_t j = 0; j < Traits::kBlocks; ++j) {
         float* v = acc + 4 * j;
@@ -331,15 +378,20 @@ class DecodeConsumer {
     }
   }
 
+  __device__ __forceinline__ void release_weights(std::uint32_t stage) const {
+    __syncwarp();
+    if (ptx::arrives(lane_, 0)) ptx::mbarrier_arrive(shared_.weight_empty(stage));
+  }
   __device__ __forceinline__ void release_tokens(std::uint32_t stage, bool condition) const {
-    ptx::mbarrier_arrive_if(shared_.token_empty(stage), condition && ptx::arrives(lane_, 0));
+    if (condition && ptx::arrives(lane_, 0)) ptx::mbarrier_arrive(shared_.token_empty(stage));
   }
 
   // Sums and stores this worker's blocks of 8 tokens of the row block that it shares.
-  __device__ __forceinline__ void reduce() const {
-    SegmentWalk walk(p_.plan, blockIdx.x);
+  __device__ __forceinline__ void reduce() {
     Segment segment;
-    if (!walk.next(segment) || (segment.begin == 0 && segment.end == p_.plan.units)) return;
+    if (!SegmentWalk(p_.plan, ptx::block_index()).at(0, segment) ||
+        (segment.begin == 0 && segment.end == p_.plan.units))
+      return;
     const RowTerms terms(output(), first_row(segment.block) + lane_ / 4);
     const Exchange exchange = exchange_of(segment.block);
     if (exchange.mine >= Traits::kBlocks) return;
@@ -348,22 +400,26 @@ class DecodeConsumer {
     const auto ask_for_residual = [&] {
       residual = ResidualPairs(output(), first_row(segment.block), 8 * exchange.mine, lane_);
     };
-    if constexpr (Traits::kTokens < 32) ask_for_residual();  // no registers left for it with more tokens
+    if constexpr (!Traits::kRounds) ask_for_residual();
+    const std::uint32_t sums = this->sums();
     float sum[4] = {0.0F, 0.0F, 0.0F, 0.0F};
     collect(
         exchange, count, p_.plan.all_shared(),
-        [&](std::uint32_t i) { return ptx::load_shared_16(sums() + 4096 * i); },
+        [&](std::uint32_t i) { return ptx::load_shared_16(sums + 4096 * i); },
         [&](uint4 v, bool last, std::uint32_t i) {
           sum[0] += __uint_as_float(v.x);
           sum[1] += __uint_as_float(v.y);
           sum[2] += __uint_as_float(v.z);
           sum[3] += __uint_as_float(v.w);
           if (!last) return;
-          ptx::store_shared_16(sums() + 4096 * i, as_words(sum));
+          ptx::store_shared_16(sums + 4096 * i, as_words(sum));
           sum[0] = sum[1] = sum[2] = sum[3] = 0.0F;
         });
     __syncwarp();
-    if constexpr (Traits::kTokens >= 32) ask_for_residual();
+    if constexpr (Traits::kRounds) {  // no registers left for it before
+      find_itself();
+      ask_for_residual();
+    }
     emit(terms, segment.block, exchange.mine, exchange.workers, count, residual);
   }
 
@@ -372,7 +428,7 @@ class DecodeConsumer {
   const float* scales_;
   std::uint32_t group_, warp_, lane_;
   OutputParams own_output_;  // of this CTA's tokens, where there are several tiles of them
-  WeightFragment next_;
+  WeightFragment codes_;     // of the weight ring's stage
   RingPosition<Traits::kWeightStages> weights_;
   RingPosition<Traits::kTokenStages> tokens_;
 };

@@ -10,11 +10,10 @@
 
 namespace fireq::kernels {
 
-// Ring depths fill the half of shared memory that a CTA may use. At 64 tokens the accumulators leave no
-// registers for codes loaded ahead.
+// Ring depths fill the half of shared memory that a CTA may use. At 64 tokens in a grid no register is left
+// for a tokens' ring out of step.
 template <std::uint32_t kTokens, std::uint32_t kWeightStages, std::uint32_t kTokenStages, Division kDivision>
-using Depths = DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kWeightStages, kTokenStages,
-                            (kTokens < 64), kDivision>;
+using Depths = DecodeTraits<kTokens, decode_groups_per_unit(kTokens), kWeightStages, kTokenStages, kDivision>;
 template <std::uint32_t kTokens, Division kDivision>
 struct Choice;
 template <>
@@ -30,9 +29,11 @@ struct Choice<16, Division::clusters> : Depths<16, 5, 4, Division::clusters> {};
 template <>
 struct Choice<16, Division::halves> : Depths<16, 4, 3, Division::halves> {};
 template <Division kDivision>
-struct Choice<32, kDivision> : Depths<32, 7, kDivision == Division::halves ? 4 : 8, kDivision> {};
+struct Choice<32, kDivision> : Depths<32, 8, 4, kDivision> {};
 template <Division kDivision>
 struct Choice<64, kDivision> : Depths<64, 5, 4, kDivision> {};
+template <>
+struct Choice<64, Division::grid> : Depths<64, 4, 4, Division::grid> {};
 
 // CTAs of a launch in clusters: where there are fewer of them than multiprocessors, one each (keep_place).
 // Clusters of four do not fill the GPU's processing clusters anyway.

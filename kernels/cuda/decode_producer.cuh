@@ -44,9 +44,8 @@ enum class Division : std::uint8_t {
 };
 
 template <std::uint32_t kTokens_, std::uint32_t kGroups_, std::uint32_t kWeightStages_,
-          std::uint32_t kTokenStages_, bool kAhead_, Division kDivision_>
+          std::uint32_t kTokenStages_, Division kDivision_>
 struct DecodeTraits {
-  static constexpr bool kAhead = kAhead_;  // load codes while those before are expanded
   static constexpr bool kClusters = kDivision_ != Division::grid;  // a cluster a block
   static constexpr bool kHalves = kDivision_ == Division::halves;
   static constexpr bool kTokenTiles = kClusters && kTokens_ == kMostTokens;  // several along blockIdx.y
@@ -59,6 +58,10 @@ struct DecodeTraits {
   static constexpr std::uint32_t kStageGroups = kParts * kGroups;
   static constexpr std::uint32_t kWeightStages = kWeightStages_;
   static constexpr std::uint32_t kTokenStages = kTokenStages_;
+  // Whole rounds of the weights' ring are unrolled: with few tokens memory is the limit in any case. In step:
+  // whole rounds of the tokens' ring too.
+  static constexpr bool kRounds = kTokens >= 32;
+  static constexpr bool kInStep = kRounds && kWeightStages % kTokenStages == 0;
   static constexpr std::uint32_t kAccumulators = kTokens / 2;
   static constexpr std::uint32_t kBlocks =
       kTokens / 8;  // 16 x 8 accumulator blocks of a thread: four values each
@@ -66,8 +69,10 @@ struct DecodeTraits {
   // room for them: they stay in registers as scaled FP16, and parts arrive in the token stages.
   static constexpr bool kSumsInShared = kTokens >= 64 && !kHalves;
   static constexpr bool kSumsInHalves = kTokens >= 64 && kHalves;
-  static constexpr bool kPartsInTokens = kSumsInHalves;
-  static constexpr std::uint32_t kChunk = kPromoteK / (kGroup * kGroups);  // units between promotions
+  static constexpr bool kPartsInTokens = kHalves && kTokens >= 32;
+  // Units between promotions, whole rounds of the ring.
+  static constexpr std::uint32_t kMostChunk = kPromoteK / (kGroup * kGroups);
+  static constexpr std::uint32_t kChunk = kRounds ? kMostChunk / kWeightStages * kWeightStages : kMostChunk;
 
   static constexpr std::uint32_t kTokenGroupBytes = kTokens * kGroup;
   static constexpr std::uint32_t kTokenStageBytes = kStageGroups * kTokenGroupBytes;
@@ -138,10 +143,9 @@ class WeightProducer {
       ptx::mbarrier_wait(shared_.weight_empty(ring_.index), ring_.parity ^ 1U);
       send();
     }
-    if constexpr (Traits::kAhead) {  // an empty stage, so that consumers need not ask whether one follows
-      ptx::mbarrier_wait(shared_.weight_empty(ring_.index), ring_.parity ^ 1U);
-      ptx::mbarrier_arrive_if(shared_.weight_full(ring_.index), ptx::elect_one());
-    }
+    // An empty stage, so that consumers need not ask whether one follows.
+    ptx::mbarrier_wait(shared_.weight_empty(ring_.index), ring_.parity ^ 1U);
+    ptx::mbarrier_arrive_if(shared_.weight_full(ring_.index), ptx::elect_one());
   }
 
  private:

@@ -38,13 +38,20 @@ class PrefillConsumer {
   __device__ __forceinline__ PrefillConsumer(const PrefillParams& p, const CUtensorMap* out_map,
                                              const PrefillShared<Traits>& shared, std::uint32_t warp,
                                              std::uint32_t lane)
-      : p_(p), out_map_(out_map), shared_(shared), group_(warp / 4), warp_(warp % 4), lane_(lane) {}
+      : p_(p),
+        out_map_(out_map),
+        shared_(shared),
+        group_(warp / 4),
+        warp_(warp % 4),
+        lane_(lane),
+        empties_(ptx::in_cluster(shared.empty(0), shared.cluster_rank ^ (lane % kPrefillCluster))) {}
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     ptx::wait_for_previous_kernel();  // token scales and residual are its results
     SegmentWalk walk(p_.plan, worker());
     Segment segment;
     float acc[Traits::kAccumulators];
+    start(watch);
     while (walk.next(segment)) {
       const BlockPlace place(p_, Traits::kTokens, segment.block);
       const std::uint32_t tile = place.row_pair * kPrefillCluster + shared_.rank();
@@ -136,42 +143,79 @@ class PrefillConsumer {
     staging_free_ = true;
   }
 
+  // The first stage's codes.
+  __device__ __forceinline__ void start(Stopwatch<kVariant == Variant::profile>& watch) {
+    wait_for(0, 0, watch);
+    watch.stamp_once(Stamp::first_tokens);
+    const std::uint32_t from = shared_.weights(0) + group_ * kHalfBytes;
+    const std::uint32_t sigma = codes_.load_first(from, warp_, lane_);
+    codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
+  }
+  __device__ __forceinline__ void wait_for(std::uint32_t stage, std::uint32_t parity,
+                                           Stopwatch<kVariant == Variant::profile>& watch) const {
+    watch.begin_wait();
+    ptx::mbarrier_wait(shared_.full(stage), parity);
+    watch.end_wait(Waited::weights);
+  }
+  // acc = sum over `count` K groups from the ring's position on, `start` the first of them in the matrix.
   __device__ __forceinline__ void multiply(std::uint32_t start, std::uint32_t count, std::uint32_t row,
                                            std::uint32_t token_tile, float (&acc)[Traits::kAccumulators],
                                            Stopwatch<kVariant == Variant::profile>& watch) {
-    const std::uint32_t table = shared_.base + Traits::kTableOffset;
+    constexpr std::uint32_t kStages = Traits::kStages;
     std::uint32_t a[4][4];
 #pragma unroll
     for (std::uint32_t i = 0; i < Traits::kAccumulators; ++i) acc[i] = 0.0F;
     pin(acc);
-    for (std::uint32_t i = 0; i < count; ++i) {
-      watch.begin_wait();
-      ptx::mbarrier_wait(shared_.full(ring_.index), ring_.parity);
-      watch.end_wait(Waited::weights);
-      watch.stamp_once(Stamp::first_tokens);
-      WeightFragment fragment;
-      fragment.load(shared_.weights(ring_.index) + group_ * kHalfBytes, table, warp_, lane_);
-      const std::uint64_t descriptor =
-          wgmma_descriptor(__shfl_sync(0xffffffffU, shared_.tokens(ring_.index), 0));
+    // `stage` is multiplied while the codes of `next` are loaded; the tokens of `before` are free then.
+    const auto group = [&](std::uint32_t stage, std::uint32_t next, std::uint32_t parity,
+                           std::uint32_t before, bool release_before, std::uint64_t descriptor) {
+      wait_for(next, parity, watch);
+      const std::uint32_t from = shared_.weights(next) + group_ * kHalfBytes;
+      std::uint32_t sigma = 0;
 #pragma unroll
       for (std::uint32_t s = 0; s < 4; ++s) {
         wgmma_wait<3>();  // the multiply that read a[s] last is done
-        if (s == 3) release(ring_.previous(), i != 0);
-        fragment.expand(s, a[s]);
+        if (s == 3) release(before, release_before);
+        codes_.expand(s, a[s]);
         pin(a[s]);
+        if (s == 1) sigma = codes_.load_first(from, warp_, lane_);
         if (s ==
             2) {  // not before the codes were used: an arrival may overtake loads that have not come back
           __syncwarp();
-          ptx::mbarrier_arrive_if(shared_.weight_empty(ring_.index), ptx::arrives(lane_, 0));
+          if (ptx::arrives(lane_, 0)) ptx::mbarrier_arrive(shared_.weight_empty(stage));
         }
+        if (s == 3) codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
         if constexpr (kVariant == Variant::dump)
           if (token_tile == 0)
-            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start + i, s, lane_, a[s]);
+            dump_fragment(p_.dump, p_.output.rows, p_.groups, row + 16 * warp_, start, s, lane_, a[s]);
         wgmma_fence();
         Wgmma<Traits::kTokens>::multiply(acc, a[s], descriptor + 2 * s);
         wgmma_commit();
       }
-      ring_.advance();
+      ++start;
+    };
+    const std::uint64_t first_tokens = wgmma_descriptor(shared_.tokens(0));
+    bool released = true;  // the stage before this one
+    while (count != 0) {
+      if (ring_.index == 0 && count >= kStages) {
+        // A whole round of the ring: nothing is left to compute about its stages. The integer units are as
+        // busy as the tensor cores, so that each instruction counts.
+#pragma unroll
+        for (std::uint32_t i = 0; i < kStages; ++i)
+          group(i, (i + 1) % kStages, i + 1 == kStages ? ring_.parity ^ 1U : ring_.parity,
+                (i + kStages - 1) % kStages, i != 0 || !released,
+                first_tokens + i * (Traits::kTokenBytes / 16));
+        ring_.parity ^= 1U;
+        count -= kStages;
+      } else {
+        RingPosition<kStages> next = ring_;
+        next.advance();
+        group(ring_.index, next.index, next.parity, ring_.previous(), !released,
+              wgmma_descriptor(ptx::uniform(shared_.tokens(ring_.index))));
+        ring_ = next;
+        --count;
+      }
+      released = false;
     }
     wgmma_wait<0>();
     pin(acc);
@@ -181,9 +225,12 @@ class PrefillConsumer {
   // One arrival a warp at both CTAs, whose producers write this stage.
   __device__ __forceinline__ void release(std::uint32_t stage, bool condition) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(shared_.empty(stage), condition && ptx::arrives(lane_, 0));
-    ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.cluster_rank ^ 1U,
-                                    condition && ptx::arrives(lane_, 1));
+    if constexpr (ptx::kWarpArrivals == 1) {
+      if (condition && lane_ < kPrefillCluster) ptx::mbarrier_arrive_cluster(empties_ + 8 * stage);
+    } else {
+      ptx::mbarrier_arrive_if(shared_.empty(stage), condition);
+      ptx::mbarrier_arrive_cluster_if(shared_.empty(stage), shared_.cluster_rank ^ 1U, condition);
+    }
   }
 
   __device__ __forceinline__ uint4 pack(const float* v) const {
@@ -327,6 +374,11 @@ class PrefillConsumer {
   __device__ __forceinline__ std::uint32_t scale_address(std::uint32_t token) const {
     return shared_.base + Traits::kScaleOffset + 4 * token;
   }
+  __device__ __forceinline__ void keep_scales(const float (&scale)[kScales]) const {
+    if (group_ != 0 || warp_ != 0) return;
+#pragma unroll
+    for (std::uint32_t i = 0; i < kScales; ++i) ptx::store_shared_4(scale_address(32 * i + lane_), scale[i]);
+  }
   __device__ __forceinline__ void send(const float (&scale)[kScales],
                                        const float (&acc)[Traits::kAccumulators]) const {
     const std::uint32_t shares = p_.cluster_shares;
@@ -335,11 +387,7 @@ class PrefillConsumer {
     __syncwarp();
     ptx::mbarrier_arrive_cluster_if(shared_.all_ready(), kPrefillCluster * lane_ + shared_.rank(),
                                     lane_ < shares);
-    if (group_ == 0 && warp_ == 0) {
-#pragma unroll
-      for (std::uint32_t i = 0; i < kScales; ++i)
-        ptx::store_shared_4(scale_address(32 * i + lane_), scale[i]);
-    }
+    keep_scales(scale);
     ptx::mbarrier_wait(shared_.all_ready(), 0);
     std::uint32_t owner = 0;
 #pragma unroll
@@ -391,9 +439,8 @@ class PrefillConsumer {
   }
   // Sums and stores this worker's pieces of the block that it shares.
   __device__ __forceinline__ void reduce() {
-    SegmentWalk walk(p_.plan, worker());
     Segment segment;
-    if (!walk.next(segment) || segment.block >= p_.plan.split_blocks ||
+    if (!SegmentWalk(p_.plan, worker()).at(0, segment) || segment.block >= p_.plan.split_blocks ||
         (segment.begin == 0 && segment.end == p_.plan.units))
       return;
     const BlockPlace place(p_, Traits::kTokens, segment.block);
@@ -434,20 +481,23 @@ class PrefillConsumer {
           for (std::uint32_t k = 0; k < 8; ++k) sum[k] = 0.0F;
         });
     __syncwarp();
+    const auto token_of = [&](std::uint32_t i) {
+      return first_token + 16 * (mine + i / 2 * exchange.workers) + 8 * (i % 2);
+    };
+    ResidualPairs residual(p_.output, row, token_of(0), lane_);
 #pragma unroll
     for (std::uint32_t k = 0; k < kKept; ++k) {
-#pragma unroll
-      for (std::uint32_t q = 0; q < 4; ++q) {
-        const std::uint32_t i = 4 * k + q;
-        if (i >= 2 * count) break;
+      // Code that runs once comes from the L2: a loop of it is faster than its copies.
+#pragma unroll 1
+      for (std::uint32_t i = 4 * k; i < min(4 * k + 4, 2 * count); ++i) {
         const std::uint32_t from = i % 4 * 8 + 2 * (lane_ % 4);
         const float a0 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from));
         const float a1 = __shfl_sync(0xffffffffU, scale[k], static_cast<int>(from + 1));
         const uint4 w = ptx::load_shared_16(sums + 2048 * i);
+        const ResidualPairs next(p_.output, row, token_of(i + 1), lane_);
         float v[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-        const std::uint32_t token = first_token + 16 * (mine + i / 2 * exchange.workers) + 8 * (i % 2);
-        finish_and_store(p_.output, terms, row, token, lane_, a0, a1, v,
-                         ResidualPairs(p_.output, row, token, lane_));
+        finish_and_store(p_.output, terms, row, token_of(i), lane_, a0, a1, v, residual);
+        residual = next;
       }
     }
   }
@@ -457,7 +507,9 @@ class PrefillConsumer {
   const PrefillShared<Traits>& shared_;
   std::uint32_t group_, warp_, lane_;
   bool staging_free_ = false;
+  std::uint32_t empties_;  // the empty barriers of the CTA at which this lane arrives
   RingPosition<Traits::kStages> ring_;
+  WeightFragment codes_;  // of the ring's stage
 };
 
 template <class Traits, Variant kVariant>

@@ -36,6 +36,8 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
   p.row_tiles = static_cast<std::uint32_t>(w.row_tiles());
   p.token_tiles = static_cast<std::uint32_t>((problem.x.tokens + Traits::kTokens - 1) / Traits::kTokens);
   const std::uint32_t chunks = (p.groups + kPromoteGroups - 1) / kPromoteGroups;
+  p.first_weights = std::min(
+      config.split_k && config.cluster == kPrefillCluster ? Traits::kStages : kFirstWeights, Traits::kStages);
   p.chunk = (p.groups + chunks - 1) / chunks;
   p.partial = half_scale(w.padded_cols());
   p.tensor_output = problem.y.pitch % 8 == 0 && reinterpret_cast<std::uintptr_t>(problem.y.data) % 16 == 0;

@@ -21,6 +21,9 @@ inline constexpr std::uint32_t kPromoteGroups = 24;
 // The second warpgroup promotes so many groups earlier than the first, which multiplies meanwhile.
 inline constexpr std::uint32_t kPromoteShift = 4;
 inline constexpr std::uint32_t kRasterTokens = 2048;
+// Tokens wait behind the weights that were asked for before them: where a CTA has enough to do afterwards,
+// only the first stages' are.
+inline constexpr std::uint32_t kFirstWeights = 3;
 inline constexpr std::uint32_t kPrefillSharedLimit = 232448;
 
 struct PrefillParams {
@@ -33,12 +36,13 @@ struct PrefillParams {
   // what the plan shares goes through the workspace.
   std::uint32_t cluster_shares;
   uint4* workspace;
-  std::uint8_t* dump;         // expanded operands [N, Kp], debug kernels only
-  CtaProfile* profile;        // [CTAs], profiled kernels only
-  std::uint32_t groups;       // Kp / 128
-  std::uint32_t row_tiles;    // ceil(N / 128)
-  std::uint32_t token_tiles;  // ceil(M / kTokens)
-  std::uint32_t chunk;        // groups between promotions
+  std::uint8_t* dump;           // expanded operands [N, Kp], debug kernels only
+  CtaProfile* profile;          // [CTAs], profiled kernels only
+  std::uint32_t groups;         // Kp / 128
+  std::uint32_t row_tiles;      // ceil(N / 128)
+  std::uint32_t token_tiles;    // ceil(M / kTokens)
+  std::uint32_t chunk;          // groups between promotions
+  std::uint32_t first_weights;  // stages of weights asked for before the first tokens
   HalfScale partial;
   bool tensor_output;    // output rows are 16-byte aligned: stored by the copy engine
   bool vector_residual;  // residual rows are 16-byte aligned
@@ -125,9 +129,10 @@ class PrefillProducer {
     SegmentWalk walk(p_.plan, worker_);
     Segment segment;
     std::uint32_t stage = 0;
-    while (stage < Traits::kStages && walk.next(segment)) {
+    const std::uint32_t most = p_.first_weights;
+    while (stage < most && walk.next(segment)) {
       const std::uint8_t* source = tile_of(BlockPlace(p_, Traits::kTokens, segment.block));
-      for (std::uint32_t g = segment.begin; g < segment.end && stage < Traits::kStages; ++g, ++stage) {
+      for (std::uint32_t g = segment.begin; g < segment.end && stage < most; ++g, ++stage) {
         if (ptx::elect_one()) fetch_weights(source, g, stage);
         __syncwarp();
       }
@@ -150,7 +155,7 @@ class PrefillProducer {
         if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
         ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
         if (ptx::elect_one()) {
-          if (ahead >= Traits::kStages) fetch_weights(source, g, ring.index);
+          if (ahead >= p_.first_weights) fetch_weights(source, g, ring.index);
           ptx::tensor_load_multicast(shared_.tokens(ring.index) + shared_.rank() * kShare * kGroup,
                                      token_map_, g * kGroup, first_token, shared_.full(ring.index), pair);
         }
@@ -159,6 +164,10 @@ class PrefillProducer {
         ++ahead;
       }
     }
+    // An empty stage, so that consumers need not ask whether one follows.
+    if (ahead >= Traits::kStages) ptx::mbarrier_wait(shared_.weight_empty(ring.index), ring.parity ^ 1U);
+    ptx::mbarrier_wait(shared_.empty(ring.index), ring.parity ^ 1U);
+    ptx::mbarrier_arrive_if(shared_.full(ring.index), ptx::elect_one());
   }
 
  private:

@@ -20,6 +20,14 @@ __device__ __forceinline__ bool elect_one() {
   return chosen != 0;
 }
 
+// The same value, which all lanes have, in a form that ptxas keeps in uniform registers: it drops __shfl_sync
+// where it knows so much itself, and uses ordinary registers then.
+__device__ __forceinline__ std::uint32_t uniform(std::uint32_t value) {
+  std::uint32_t r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=r"(r) : "r"(value));
+  return r;
+}
+
 // ---- mbarrier
 // -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void mbarrier_init(std::uint32_t bar, std::uint32_t arrivals) {
@@ -32,6 +40,13 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 __device__ __forceinline__ void mbarrier_expect(std::uint32_t bar, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(std::uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// At an address of in_cluster().
+__device__ __forceinline__ void mbarrier_arrive_cluster(std::uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive_if(std::uint32_t bar, bool condition) {
   asm volatile(
@@ -153,6 +168,17 @@ __device__ __forceinline__ std::uint32_t lane_index() {
   std::uint32_t lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
+}
+// Read anew wherever they are asked for, so that no register keeps them.
+__device__ __forceinline__ std::uint32_t warp_index() {
+  std::uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return __shfl_sync(0xffffffffU, thread / 32, 0);
+}
+__device__ __forceinline__ std::uint32_t block_index() {
+  std::uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
 }
 __device__ __forceinline__ std::uint32_t cluster_rank() {
   std::uint32_t rank;

@@ -26,38 +26,43 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
     SCOPED_TRACE(std::to_string(plan.blocks) + " blocks " + std::to_string(plan.units) + " units " +
                  std::to_string(plan.workers) + " workers");
     std::vector<int> seen(plan.blocks * plan.units, 0);
-    std::vector<std::uint32_t> sharers(plan.blocks, 0);
+    std::vector<std::vector<std::uint32_t>> sharers(plan.blocks);  // workers, in order
     const std::uint32_t rounds = (plan.blocks - plan.split_blocks) / plan.workers;
     EXPECT_EQ(plan.split_blocks + rounds * plan.workers, plan.blocks);
     EXPECT_LE(plan.split_workers, plan.workers);
     for (std::uint32_t w = 0; w < plan.workers; ++w) {
-      SegmentWalk walk(plan, w);
+      const SegmentWalk walk(plan, w);
       Segment s;
-      std::uint32_t parts = 0;
-      while (walk.next(s)) {
-        ++parts;
+      std::uint32_t turn = 0, whole = 0;
+      for (; walk.at(turn, s); ++turn) {
         ASSERT_LT(s.begin, s.end);
         ASSERT_LE(s.end, plan.units);
         ASSERT_LT(s.block, plan.blocks);
         for (std::uint32_t u = s.begin; u < s.end; ++u) ++seen[s.block * plan.units + u];
+        const bool all = s.begin == 0 && s.end == plan.units;
         if (s.block < plan.split_blocks) {
-          EXPECT_EQ(parts, 1U) << "a share after another segment";
-          ++sharers[s.block];
-          EXPECT_GE(w, plan.first_worker(s.block));
-          EXPECT_LT(w, plan.first_worker(s.block) + plan.workers_of(s.block));
+          EXPECT_EQ(whole, 0U) << "a share after a whole block";
+          sharers[s.block].push_back(w);
           // As even as can be: every share within one unit of K / workers.
           const std::uint32_t even = plan.units / plan.workers_of(s.block);
           EXPECT_GE(s.end - s.begin, even);
           EXPECT_LE(s.end - s.begin, even + 1);
         } else {
-          EXPECT_TRUE(s.begin == 0 && s.end == plan.units);
+          EXPECT_TRUE(all);
+          ++whole;
         }
       }
-      EXPECT_EQ(parts, rounds + (w < plan.split_workers ? 1U : 0U));
+      EXPECT_EQ(whole, rounds);
+      EXPECT_EQ(turn - whole, w < plan.split_workers ? 1U : 0U);
+      const Segment before = s;
+      EXPECT_FALSE(walk.at(turn, s));
+      EXPECT_TRUE(s.block == before.block && s.begin == before.begin && s.end == before.end);
     }
     EXPECT_THAT(seen, ::testing::Each(1));
     for (std::uint32_t b = 0; b < plan.split_blocks; ++b) {
-      EXPECT_EQ(sharers[b], plan.workers_of(b));
+      ASSERT_EQ(sharers[b].size(), plan.workers_of(b));
+      for (std::uint32_t i = 0; i < sharers[b].size(); ++i)
+        EXPECT_EQ(sharers[b][i], plan.first_worker(b) + i);
       EXPECT_GE(plan.workers_of(b), std::min(plan.units, plan.workers / plan.split_blocks));
     }
   }
