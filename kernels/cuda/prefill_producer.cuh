@@ -18,8 +18,6 @@ namespace fireq::kernels {
 inline constexpr std::uint32_t kPrefillThreads = 384;
 inline constexpr std::uint32_t kPrefillCluster = 2;
 inline constexpr std::uint32_t kPromoteGroups = 24;
-// The second warpgroup promotes so many groups earlier than the first, which multiplies meanwhile.
-inline constexpr std::uint32_t kPromoteShift = 4;
 inline constexpr std::uint32_t kRasterTokens = 2048;
 // Tokens wait behind the weights that were asked for before them: where a CTA has enough to do afterwards,
 // only the first stages' are.
