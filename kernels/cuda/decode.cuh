@@ -68,11 +68,15 @@ class DecodeConsumer {
       float acc[Traits::kAccumulators];
       multiply(segment, acc, watch);
       watch.stamp(Stamp::multiplied);
-      if constexpr (!kTermsEarly) {  // the loop wants the registers
+      // What the loop wanted the registers of. Not in clusters or with few tokens: code that runs once comes
+      // from the L2, and costs half a microsecond there.
+      if constexpr (Traits::kRounds && !Traits::kClusters) {
         find_itself();
         SegmentWalk(p_.plan, ptx::block_index()).at(turn, segment);
       }
-      if (!Traits::kHalves && segment.begin == 0 && segment.end == p_.plan.units) {
+      const bool whole = Traits::kClusters ? !Traits::kHalves && p_.plan.shares == 1
+                                           : segment.begin == 0 && segment.end == p_.plan.units;
+      if (whole) {
         if constexpr (!kTermsEarly) terms = RowTerms(output(), first_row(segment.block) + lane_ / 4);
 #pragma unroll
         for (std::uint32_t j = 0; j < Traits::kBlocks; ++j)
