@@ -244,6 +244,7 @@ TuningReport tune_codes(const WeightSource& original, const Windows& windows, co
                         const Modules& modules, std::vector<TunedLayer>& layers, int threads,
                         Progress& progress) {
   std::vector<QuantizedLayer> rounded;
+  rounded.reserve(layers.size());
   for (const TunedLayer& layer : layers) rounded.push_back(layer.quantized);
   Tuner tuner(original, windows, modules, layers, threads, progress);
   const TuningWork work = tuning_work(windows, recipe);

@@ -56,7 +56,8 @@ void LatentLinear::step(std::span<const float> gradient, double rate, std::span<
         const std::uint8_t code = curvature_block::nearest_code(table, latent_[at]);
         values[at] = curvature_block::value_of(table, code);
         std::uint8_t& byte = codes[k / 2];
-        byte = static_cast<std::uint8_t>(k % 2 == 0 ? (byte & 0xf0U) | code : (byte & 0x0fU) | code << 4U);
+        const unsigned other = k % 2 == 0 ? byte & 0xf0U : byte & 0x0fU;
+        byte = static_cast<std::uint8_t>(other | static_cast<unsigned>(code) << (k % 2 == 0 ? 0U : 4U));
       }
     }
   });

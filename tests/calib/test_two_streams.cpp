@@ -110,6 +110,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
   std::vector<QuantizedLayer> tuned(const std::vector<QuantizedLayer>& layers, const Windows& windows,
                                     const Recipe& recipe, int threads, TuningReport* report = nullptr) {
     std::vector<TunedLayer> work;
+    work.reserve(layers.size());
     for (std::uint64_t layer = 0; layer < layers.size(); ++layer) {
       work.push_back({source_->load_layer(layer, 1), layers[layer]});
     }
