@@ -7,7 +7,9 @@
 #include "calib/simd.hpp"
 #include "common/parallel.hpp"
 #include "common/progress.hpp"
+#include "libquant/activation_quantizer.hpp"
 #include "libquant/blas.hpp"
+#include "libquant/number_formats.hpp"
 
 namespace fireq::calib {
 namespace {
@@ -50,6 +52,15 @@ OutputSums make_output_sums(const formats::ModelConfig& config) {
   return {sums(kQ), sums(kK), sums(kV), sums(kO), sums(kGate), sums(kUp), sums(kDown)};
 }
 
+WeightGradients make_weight_gradients(const formats::ModelConfig& config) {
+  WeightGradients out;
+  for (std::size_t i = 0; i < kLinears; ++i) {
+    const auto [rows, cols] = formats::linear_shape(config, i);
+    out[i].assign(rows * cols, 0.0F);
+  }
+  return out;
+}
+
 void rms_norm_gradient(const float* x, const float* weight, double eps, std::size_t n, const float* gy,
                        float* gx) {
   double square = 0;
@@ -67,15 +78,17 @@ void rms_norm_gradient(const float* x, const float* weight, double eps, std::siz
 }
 
 LayerGradients::LayerGradients(const formats::ModelConfig& config, const LayerWeights& weights,
-                               std::uint64_t layer, const RopeTable& rope, int threads)
+                               std::uint64_t layer, const RopeTable& rope, int threads,
+                               Activations activations)
     : config_(config),
       weights_(weights),
       window_(config.sliding_window.empty() ? 0 : config.sliding_window[layer]),
       rope_(rope),
-      threads_(threads) {}
+      threads_(threads),
+      quantised_(activations == Activations::quantised) {}
 
 void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<const float> hidden,
-                         std::span<float> gradient, OutputSums* sums) {
+                         std::span<float> gradient, OutputSums* sums, WeightGradients* linears) {
   const std::uint64_t width = config_.hidden;
   const std::uint64_t at_once = std::max<std::uint64_t>(1, kBatchTokens / length);
   Rows at;
@@ -87,10 +100,11 @@ void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<co
     const float* h = hidden.data() + first * length * width;
     float* g = gradient.data() + first * length * width;
     forward(at, h);
-    mlp_gradient(at, g, sums);  // g: behind the attention's residual
+    mlp_gradient(at, g, sums, linears);  // g: behind the attention's residual
     FloatBuffer& g_o = at.y;
     std::copy_n(g, at.rows * width, g_o.data());
     if (sums != nullptr) add_moments(g_o, at.rows, (*sums)[kO], threads_);
+    add_gradient(kO, g_o, at.attended, at.rows, linears);
     back(kO, g_o, at.g_attended, false, at.rows);
     attention(at, true);
     heads_gradient(at.g_q, at.raw_q, config_.heads, weights_.q_norm, at);
@@ -100,6 +114,9 @@ void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<co
       add_moments(at.g_k, at.rows, (*sums)[kK], threads_);
       add_moments(at.g_v, at.rows, (*sums)[kV], threads_);
     }
+    add_gradient(kQ, at.g_q, at.x, at.rows, linears);
+    add_gradient(kK, at.g_k, at.x, at.rows, linears);
+    add_gradient(kV, at.g_v, at.x, at.rows, linears);
     back(kQ, at.g_q, at.g_x, false, at.rows);
     back(kK, at.g_k, at.g_x, true, at.rows);
     back(kV, at.g_v, at.g_x, true, at.rows);
@@ -114,6 +131,42 @@ void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<co
   }
 }
 
+void LayerGradients::advance(std::uint64_t count, std::uint64_t length, std::span<float> hidden) {
+  const std::uint64_t width = config_.hidden;
+  const std::uint64_t at_once = std::max<std::uint64_t>(1, kBatchTokens / length);
+  Rows at;
+  for (std::uint64_t first = 0; first < count; first += at_once) {
+    check_interrupt();
+    at.sequences = std::min(at_once, count - first);
+    at.length = length;
+    at.rows = at.sequences * length;
+    float* h = hidden.data() + first * length * width;
+    forward(at, h);
+    activate(at);
+    project(kDown, at.act, at.y, at.rows);
+    for (std::uint64_t i = 0; i < at.rows * width; ++i) h[i] = at.middle[i] + at.y[i];
+  }
+}
+
+void LayerGradients::add_gradient(LinearIndex which, const FloatBuffer& gradient, const FloatBuffer& x,
+                                  std::uint64_t rows, WeightGradients* linears) const {
+  if (linears == nullptr) return;
+  const LinearWeights& w = weights_.linear[which];
+  libquant::add_outer_products(gradient.data(), w.rows, w.rows, x.data(), w.cols, w.cols, rows, false,
+                               (*linears)[which], threads_);
+}
+
+void LayerGradients::round_inputs(FloatBuffer& x, std::uint64_t channels, std::uint64_t rows) const {
+  if (!quantised_) return;
+  for_blocks(rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+    for (std::uint64_t i = begin; i < end; ++i) {
+      const std::span<float> token(x.data() + i * channels, channels);
+      const float a = libquant::quantize_token_in_place(token);
+      for (float& v : token) v *= a;
+    }
+  });
+}
+
 // y = x W^T + bias.
 void LayerGradients::project(LinearIndex which, const FloatBuffer& x, FloatBuffer& y, std::uint64_t rows) {
   const LinearWeights& w = weights_.linear[which];
@@ -122,10 +175,11 @@ void LayerGradients::project(LinearIndex which, const FloatBuffer& x, FloatBuffe
     blas::gemm(Op::none, Op::transpose, end - begin, w.rows, w.cols, 1.0F,
                {x.data() + begin * w.cols, w.cols}, {w.weight.data(), w.cols}, 0.0F,
                {y.data() + begin * w.rows, w.rows});
-    if (w.bias.empty()) return;
-    for (std::uint64_t i = begin; i < end; ++i) {
+    for (std::uint64_t i = begin; i < end && !w.bias.empty(); ++i) {
       for (std::uint64_t c = 0; c < w.rows; ++c) y[i * w.rows + c] += w.bias[c];
     }
+    float* const outputs = y.data() + begin * w.rows;
+    if (quantised_) std::transform(outputs, outputs + (end - begin) * w.rows, outputs, libquant::round_bf16);
   });
 }
 
@@ -152,6 +206,7 @@ void LayerGradients::forward(Rows& at, const float* hidden) {
     });
   };
   norm(hidden, weights_.attn_norm, at.x);
+  round_inputs(at.x, width, at.rows);
   project(kQ, at.x, at.q, at.rows);
   project(kK, at.x, at.k, at.rows);
   project(kV, at.x, at.v, at.rows);
@@ -163,21 +218,37 @@ void LayerGradients::forward(Rows& at, const float* hidden) {
   heads(at.k, config_.kv_heads, weights_.k_norm, at);
   at.attended.resize(at.rows * config_.q_rows());
   attention(at, false);
+  round_inputs(at.attended, config_.q_rows(), at.rows);
   project(kO, at.attended, at.middle, at.rows);
   for (std::uint64_t i = 0; i < at.rows * width; ++i) at.middle[i] += hidden[i];
   norm(at.middle.data(), weights_.mlp_norm, at.y);
+  round_inputs(at.y, width, at.rows);
   project(kGate, at.y, at.gate, at.rows);
   project(kUp, at.y, at.up, at.rows);
 }
 
+// Inputs of down.
+void LayerGradients::activate(Rows& at) {
+  at.act = at.gate;
+  for_blocks(at.rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
+    const std::uint64_t ffn = config_.ffn;
+    simd::kernels().silu_mul(at.act.data() + begin * ffn, at.up.data() + begin * ffn, (end - begin) * ffn);
+  });
+  round_inputs(at.act, config_.ffn, at.rows);
+}
+
 // gradient: behind the layer, then behind the attention. gate and up become the gradients of theirs.
-void LayerGradients::mlp_gradient(Rows& at, float* gradient, OutputSums* sums) {
+void LayerGradients::mlp_gradient(Rows& at, float* gradient, OutputSums* sums, WeightGradients* linears) {
   const std::uint64_t width = config_.hidden;
   const std::uint64_t ffn = config_.ffn;
   FloatBuffer& g_down = at.g_x;
   g_down.resize(at.rows * width);
   std::copy_n(gradient, at.rows * width, g_down.data());
   if (sums != nullptr) add_moments(g_down, at.rows, (*sums)[kDown], threads_);
+  if (linears != nullptr) {
+    activate(at);
+    add_gradient(kDown, g_down, at.act, at.rows, linears);
+  }
   back(kDown, g_down, at.act, false, at.rows);
   for_blocks(at.rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t i = begin * ffn; i < end * ffn; ++i) {
@@ -192,6 +263,8 @@ void LayerGradients::mlp_gradient(Rows& at, float* gradient, OutputSums* sums) {
     add_moments(at.gate, at.rows, (*sums)[kGate], threads_);
     add_moments(at.up, at.rows, (*sums)[kUp], threads_);
   }
+  add_gradient(kGate, at.gate, at.y, at.rows, linears);
+  add_gradient(kUp, at.up, at.y, at.rows, linears);
   back(kGate, at.gate, at.g_x, false, at.rows);
   back(kUp, at.up, at.g_x, true, at.rows);
   for_blocks(at.rows, threads_, [&](std::uint64_t begin, std::uint64_t end) {

@@ -7,6 +7,7 @@
 #include <set>
 #include <utility>
 
+#include "calib/code_tuner.hpp"
 #include "calib/evaluate.hpp"
 #include "calib/folding.hpp"
 #include "calib/int4_weights.hpp"
@@ -37,6 +38,11 @@ constexpr std::string_view kStatisticsFile = "calibration.h5";
 std::string layer_unit(std::uint64_t layer) {
   const std::string digits = std::to_string(layer);
   return "layer-" + std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
+}
+
+// A layer whose codes were tuned with all others'.
+std::string tuned_unit(std::uint64_t layer) {
+  return "tuned-" + layer_unit(layer);
 }
 
 std::string layer_prefix(std::uint64_t layer) {
@@ -80,6 +86,9 @@ class Job {
  private:
   void obtain_statistics(FireqWriter& writer);
   void stage_layer(FireqWriter& writer, std::uint64_t layer);
+  void stage_tuned_layers(FireqWriter& writer);
+  std::vector<StagedTensor> layer_tensors(std::uint64_t layer, const FoldReport& report,
+                                          LayerWeights* weights, QuantizedLayer* packed);
   void stage_rest(FireqWriter& writer);
   std::vector<StagedTensor> imported_head() const;
   QuantizedLinear quantize_linear(const std::string& name, std::uint64_t layer, std::size_t i,
@@ -92,6 +101,7 @@ class Job {
   std::vector<StagedTensor> linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
                                            const LayerWeights* weights, const QuantizedLayer* together);
   QuantizedLayer quantize_in_streams(std::uint64_t layer, const LayerWeights& weights);
+  QuantizedLayer staged_layer(const FireqWriter& writer, std::uint64_t layer) const;
   void replay_layer(FireqWriter& writer, std::uint64_t layer);
   std::array<std::string, 3> fingerprints();
   formats::QuantizationConfig quantization_config() const;
@@ -251,10 +261,7 @@ QuantizedLayer Job::quantize_in_streams(std::uint64_t layer, const LayerWeights&
   return quantized;
 }
 
-// A layer that an earlier run staged: the streams pass through it as they did then.
-void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
-  LayerWeights weights = source_.load_layer(layer, options_.threads);
-  fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights);
+QuantizedLayer Job::staged_layer(const FireqWriter& writer, std::uint64_t layer) const {
   const formats::SafetensorsFile file = writer.open_unit(layer_unit(layer));
   const std::array<std::string, kLinears> names = formats::linear_names(layer);
   QuantizedLayer quantized;
@@ -269,7 +276,14 @@ void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
       read_fp8(file, names[i], quantized.fp8[i]);
     }
   }
-  streams_->replay(layer, std::move(weights), quantized);
+  return quantized;
+}
+
+// A layer that an earlier run staged: the streams pass through it as they did then.
+void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
+  LayerWeights weights = source_.load_layer(layer, options_.threads);
+  fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights);
+  streams_->replay(layer, std::move(weights), staged_layer(writer, layer));
 }
 
 void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
@@ -298,14 +312,23 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
   }
   QuantizedLayer together;
   if (streams_) together = quantize_in_streams(layer, *weights);
+  std::vector<StagedTensor> tensors =
+      layer_tensors(layer, report, weights ? &*weights : nullptr, streams_ ? &together : nullptr);
+  writer.stage(unit, tensors);
+  for (const std::string& n : names) {
+    if (reader_.contains(n + ".weight")) reader_.release(n + ".weight");
+  }
+}
+
+// Frees matrices on the way. packed: the layer as it was quantised together, or null.
+std::vector<StagedTensor> Job::layer_tensors(std::uint64_t layer, const FoldReport& report,
+                                             LayerWeights* weights, QuantizedLayer* packed) {
   std::vector<StagedTensor> tensors;
   for (std::size_t i = 0; i < kLinears; ++i) {
     check_interrupt();
-    const LayerWeights* const loaded = weights ? &*weights : nullptr;
-    const QuantizedLayer* const packed = streams_ ? &together : nullptr;
-    for (StagedTensor& t : linear_tensors(layer, i, report, loaded, packed)) tensors.push_back(std::move(t));
-    together[i] = {};
-    if (weights) weights->linear[i] = {};
+    for (StagedTensor& t : linear_tensors(layer, i, report, weights, packed)) tensors.push_back(std::move(t));
+    if (packed != nullptr) (*packed)[i] = {};
+    if (weights != nullptr) weights->linear[i] = {};
   }
   const std::string prefix = layer_prefix(layer);
   const auto norm = [&](const std::string& name, bool changed, const std::vector<float>* folded) {
@@ -316,10 +339,11 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
     }
   };
   norm("input_layernorm.weight", false, nullptr);
-  norm("post_attention_layernorm.weight", report.mlp_norm_changed, weights ? &weights->mlp_norm : nullptr);
+  norm("post_attention_layernorm.weight", report.mlp_norm_changed,
+       weights != nullptr ? &weights->mlp_norm : nullptr);
   if (config_.qk_norm) {
-    norm("self_attn.q_norm.weight", report.qk_norm_changed, weights ? &weights->q_norm : nullptr);
-    norm("self_attn.k_norm.weight", report.qk_norm_changed, weights ? &weights->k_norm : nullptr);
+    norm("self_attn.q_norm.weight", report.qk_norm_changed, weights != nullptr ? &weights->q_norm : nullptr);
+    norm("self_attn.k_norm.weight", report.qk_norm_changed, weights != nullptr ? &weights->k_norm : nullptr);
   }
   if (options_.recipe.key_s) {
     tensors.push_back(owned_f32(prefix + "self_attn.k_post_rope_scale", weights->k_post_rope_scale,
@@ -339,9 +363,29 @@ void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
         owned_bf16(prefix + "self_attn.v_rounding", weights->v_rounding, {config_.kv_heads, triangle}));
   }
   sort_by_name(tensors);
-  writer.stage(unit, tensors);
-  for (const std::string& n : names) {
-    if (reader_.contains(n + ".weight")) reader_.release(n + ".weight");
+  return tensors;
+}
+
+void Job::stage_tuned_layers(FireqWriter& writer) {
+  std::vector<TunedLayer> layers;
+  std::vector<FoldReport> reports;
+  for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
+    LayerWeights weights = source_.load_layer(layer, options_.threads);
+    reports.push_back(
+        fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights));
+    layers.push_back({std::move(weights), staged_layer(writer, layer)});
+  }
+  const TuningReport report =
+      tune_codes(source_, stream_windows_, options_.recipe, modules_, layers, options_.threads, progress_);
+  if (!report.kept()) {
+    progress_.warning(
+        "codes stay as each layer was rounded: tuned together they came no nearer to the "
+        "original on text held back (more text would help)");
+  }
+  for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
+    if (writer.unit_done(tuned_unit(layer))) continue;
+    writer.stage(tuned_unit(layer),
+                 layer_tensors(layer, reports[layer], &layers[layer].weights, &layers[layer].quantized));
   }
 }
 
@@ -468,13 +512,25 @@ QuantizeResult Job::run() {
   }
   FireqWriter writer(fs_, options_.out, reader_.folder(), options_.mode, options_.force, fingerprints());
   obtain_statistics(writer);
+  bool tunes = false;
+  if (options_.recipe.curvature) {
+    const Windows text = with_room_for_own_text(config_, *options_.calibration, options_.recipe.own_text);
+    tunes = tunes_codes(config_, options_.recipe, text);
+    if (!tunes && wants_tuned_codes(config_, options_.recipe, text)) {
+      progress_.warning(
+          "codes stay as each layer was rounded: tuning them together would hold more than 4 GiB "
+          "(docs/recipes.md, curvature.tune_passes)");
+    }
+  }
   bool open = false;
+  bool untuned = false;
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
+    if (tunes && !writer.unit_done(tuned_unit(layer))) untuned = true;
     if (writer.unit_done(layer_unit(layer))) continue;
     last_open_layer_ = layer;
     open = true;
   }
-  if (options_.recipe.curvature && open) {
+  if (options_.recipe.curvature && (open || untuned)) {
     if (options_.recipe.own_text > 0 && !writes_own_text(config_)) {
       progress_.warning(
           "rounded on the given text alone: layers and head take more than 4 GiB in FP32, too much to write "
@@ -482,7 +538,9 @@ QuantizeResult Job::run() {
     }
     stream_windows_ =
         with_own_text(source_, *options_.calibration, options_.recipe.own_text, options_.threads, progress_);
-    streams_.emplace(source_, stream_windows_, options_.recipe, options_.threads, progress_, &modules_);
+    if (open) {
+      streams_.emplace(source_, stream_windows_, options_.recipe, options_.threads, progress_, &modules_);
+    }
   }
   progress_.begin("quantize", config_.layers);
   std::vector<std::string> units{"rest"};
@@ -490,14 +548,15 @@ QuantizeResult Job::run() {
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
     check_interrupt();
     stage_layer(writer, layer);
-    units.push_back(layer_unit(layer));
+    units.push_back(tunes ? tuned_unit(layer) : layer_unit(layer));
     progress_.advance(layer + 1);
   }
   progress_.end();
   check_interrupt();
+  streams_.reset();
+  if (untuned) stage_tuned_layers(writer);
   stage_rest(writer);
 
-  streams_.reset();
   publish(writer, plan, units);
 
   result_.bytes_before = plan.bytes_before;

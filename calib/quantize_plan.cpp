@@ -3,6 +3,7 @@
 #include <set>
 #include <utility>
 
+#include "calib/code_tuner.hpp"
 #include "calib/folding.hpp"
 #include "calib/int4_weights.hpp"
 #include "calib/measured_cost.hpp"
@@ -50,9 +51,10 @@ MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe,
   plan.peak = 2 * plan.largest_layer_fp32;
   if (recipe.needs_text() && windows != nullptr) {
     const Windows streams = with_room_for_own_text(config, *windows, recipe.own_text);
-    // Text is written before the streams begin.
-    plan.calibration_bytes = std::max(TwoStreams::bytes(config, recipe, streams),
-                                      own_text_bytes(config, *windows, recipe.own_text));
+    // Text is written before the streams begin, codes are tuned behind them.
+    plan.calibration_bytes = std::max(
+        {TwoStreams::bytes(config, recipe, streams), own_text_bytes(config, *windows, recipe.own_text),
+         tunes_codes(config, recipe, streams) ? tuning_bytes(config, streams, recipe) : 0});
     // The layer as it is, its targets and its panels for both streams.
     plan.peak += 2 * plan.largest_layer_fp32;
   } else if (recipe.needs_statistics() && windows != nullptr) {

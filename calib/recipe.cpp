@@ -317,6 +317,9 @@ const std::vector<Field>& fields() {
         flag("curvature", "outputs", &Recipe::output_curvature),
         number("curvature", "output_damping", &Recipe::output_damping, 1e-6, 1e3),
         number("curvature", "own_text", &Recipe::own_text, 0, 16),
+        count("curvature", "tune_passes", &Recipe::tune_passes, 64, "a whole number"),
+        number("curvature", "tune_rate", &Recipe::tune_rate, 1e-4, 1),
+        number("curvature", "tune_weights_per_token", &Recipe::tune_weights_per_token, 0, 1e9),
         flag("curvature", "kv_stream", &Recipe::stream_kv),
         choice("smoothing", "lambda1", kValueScalings, &Recipe::lambda1),
         number("smoothing", "lambda1_c", &Recipe::lambda1_c, 1e-6, 1e3),
@@ -447,6 +450,7 @@ Recipe preset_for_fireq(const std::string& name) {
     if (name == "best") {
       r.curvature = r.output_curvature = true;
       r.own_text = 1;
+      r.tune_passes = 4;
       r.value_rotation = true;
     }
     return r;

@@ -47,7 +47,11 @@ struct Recipe {
   bool token_weights = false;        // for o and down a token counts by 1 / mean square of its hidden state
   bool output_curvature = false;     // errors weighted by what outputs are worth to the model's predictions
   double output_damping = 0.3;       // of that weight, share of its mean diagonal
-  double own_text = 0;     // windows that the model writes itself, for each of the text (calib/own_text.hpp)
+  double own_text = 0;  // windows that the model writes itself, for each of the text (calib/own_text.hpp)
+  // Codes of all layers tuned together when they are rounded (calib/code_tuner.hpp).
+  std::uint64_t tune_passes = 0;       // over the text; 0: not at all
+  double tune_rate = 0.02;             // of a step at first, in units of a group's scale
+  double tune_weights_per_token = 32;  // of the layers, at most, for each token of the text
   bool stream_kv = false;  // the quantised stream has the INT4 cache, FP8 queries and probabilities
   // Smoothing of weights.
   ValueScaling lambda1 = ValueScaling::off;

@@ -7,6 +7,7 @@
 #include <random>
 #include <utility>
 
+#include "calib/code_tuner.hpp"
 #include "calib/collectors.hpp"
 #include "calib/folding.hpp"
 #include "calib/forward.hpp"
@@ -262,6 +263,7 @@ class TimePlanner {
     }
     add("quantize", loading() + rates_.fold * products_.weights() +
                         (recipe_.curvature ? two_streams() : rates_.round * weights_in_4_bits()));
+    if (recipe_.curvature) add("tune codes", tuning());
     if (options_.held_back) {
       const Windows& text = *options_.held_back;
       add("measure", pass(text) + loading() +
@@ -347,6 +349,20 @@ class TimePlanner {
           (kBackward - 1) * products_.layers(used, text.length) + real(config_.layers) * used * outputs;
     }
     return rates_.product * products + real(config_.layers) * joint_rounding();
+  }
+
+  // The original once over the text; then steps through the packed model and back, with a third product for
+  // the gradients of weights, and twice forward through the head.
+  double tuning() const {
+    const Windows text = with_room_for_own_text(config_, *options_.calibration, recipe_.own_text);
+    if (!tunes_codes(config_, recipe_, text)) return 0;
+    const TuningWork work = tuning_work(text, recipe_);
+    const double tokens = real(work.steps * work.windows_per_step * text.length);
+    const double judged = 2 * real(work.judged * text.length);
+    return pass(text) + loading() + rates_.fold * products_.weights() +
+           rates_.product *
+               ((kBackward + 1) * products_.layers(tokens, text.length) +
+                products_.layers(judged, text.length) + kHeadBackward * products_.head(tokens + judged));
   }
 
   // One layer; linears of one input are rounded side by side where outputs weigh their errors.

@@ -39,6 +39,8 @@ TOLERANCE, USAGE, INPUT, ENVIRONMENT, INTERRUPTED = 1, 2, 3, 4, 130
 
 # A short calibration for the small model.
 CALIBRATE_260K = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 20000, "--samples", 8, "--length", 128)
+# Enough for `best` to tune codes together.
+TUNE_260K = ("--samples", 32, "--length", 128, "--text", TINY, "--skip-chars", 300000, "--max-chars", 20000)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 import oracle
-from harness import (CALIBRATE_260K, ROOT, STORIES_260K, TINY, TestCase, fireq, fireq_json, main, read_tensors)
+from harness import (CALIBRATE_260K, ROOT, STORIES_260K, TINY, TUNE_260K, TestCase, fireq, fireq_json, main, read_tensors)
 
 BOS = 1
 
@@ -242,6 +242,7 @@ class Time(TestCase):
                 (["quantize", "measure"], ("--preset", "rtn", *text)),
                 (["check text", "calibrate", "quantize"], ("--preset", "fast", "--no-measure", *text)),
                 (["check text", "calibrate", "write text", "weigh outputs", "quantize", "measure"], text),
+                (["check text", "calibrate", "write text", "weigh outputs", "quantize", "tune codes", "measure"], TUNE_260K),
                 (["check text", "choose", "quantize", "measure"], ("--preset", "rtn", "--target-size", "10MB", *text)),
                 (["check text", "calibrate", "choose", "quantize", "measure"], ("--preset", "fast", "--max-kl", 1, *text))):
             with self.subTest(args=args[:3]):

@@ -1,8 +1,8 @@
 """The same bytes for any number of threads; shard size moves file cuts only."""
 import json
 
-from harness import (CALIBRATE_260K, STORIES_15M, STORIES_260K, TINY, USAGE, TestCase, digest, fireq, fireq_json, main,
-                     read_header, read_tensors, refused, shards)
+from harness import (CALIBRATE_260K, STORIES_15M, STORIES_260K, TINY, TUNE_260K, USAGE, TestCase, digest, fireq, fireq_json,
+                     main, read_header, read_tensors, refused, shards)
 
 
 class Threads(TestCase):
@@ -30,6 +30,15 @@ class Threads(TestCase):
 
     def test_best(self):
         self.check(STORIES_260K, "--preset", "best", *CALIBRATE_260K)
+
+    def test_tuned_codes(self):
+        """And they are others than those of a run that does not tune."""
+        tuned = self.check(STORIES_260K, "--preset", "best", *TUNE_260K)
+        recipe = self.tmp / "recipe.json"
+        recipe.write_text(json.dumps({"preset": "best", "curvature": {"tune_passes": 0}}))
+        fireq("quantize", STORIES_260K, "-o", self.tmp / "rounded", "--recipe", recipe, "--quiet", *TUNE_260K)
+        name = "model.safetensors"
+        self.assertNotEqual((tuned / name).read_bytes(), (self.tmp / "rounded" / name).read_bytes())
 
     def test_trained_levels(self):
         folder = self.check(STORIES_260K, "--preset", "best", "--levels", "trained", *CALIBRATE_260K)

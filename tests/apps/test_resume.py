@@ -8,7 +8,7 @@ import subprocess
 import time
 
 from harness import (CALIBRATE_260K, ENVIRONMENT, INPUT, INTERRUPTED, STORIES_15M, STORIES_260K,
-                     STORIES_260K_BF16, TINY, USAGE, TestCase, digest, fireq, flip, main, refused, start, stop_group)
+                     STORIES_260K_BF16, TINY, TUNE_260K, USAGE, TestCase, digest, fireq, flip, main, refused, start, stop_group)
 
 CALIBRATE_15M = ("--text", TINY, "--skip-chars", 300000, "--max-chars", 12000, "--samples", 8, "--length", 128)
 
@@ -76,6 +76,11 @@ class Killed(TestCase):
 
     def test_kill_a_run_that_trains_levels(self):
         kills = self.kill_and_resume(31, STORIES_260K, "--levels", "trained", "--preset", "best", *CALIBRATE_260K)
+        self.assertGreater(kills, 0, "the kills came too late to test anything")
+
+    def test_kill_a_run_that_tunes_codes(self):
+        """When all layers are rounded their codes are tuned together, which a resumed run begins anew."""
+        kills = sum(self.kill_and_resume(seed, STORIES_260K, *TUNE_260K, "--preset", "best") for seed in (41, 42))
         self.assertGreater(kills, 0, "the kills came too late to test anything")
 
     def test_resume_after_every_layer(self):

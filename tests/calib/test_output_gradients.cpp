@@ -2,6 +2,7 @@
 // says of a change against the divergence that the change makes.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <random>
@@ -148,6 +149,66 @@ TEST_P(LayerGradientsTest, MomentsAreThoseOfTheOutputs) {
       }
     }
   }
+}
+
+TEST_P(LayerGradientsTest, WeightGradientsAreTheDifferencesOfTheReference) {
+  const std::uint64_t length = 7;
+  const std::vector<float> hidden = normal(length * config_.hidden);
+  wanted_ = normal(hidden.size());
+  const RopeTable rope(config_, length);
+  WeightGradients sums = make_weight_gradients(config_);
+  for (std::vector<float>& sum : sums) std::fill(sum.begin(), sum.end(), 1.0F);  // added to
+  std::vector<float> gradient = wanted_;
+  LayerGradients(config_, weights_, 0, rope, 3).run(1, length, hidden, gradient, nullptr, &sums);
+  for (std::size_t linear = 0; linear < kLinears; ++linear) {
+    LinearWeights& w = weights_.linear[linear];
+    ASSERT_EQ(sums[linear].size(), w.weight.size());
+    double size = 0;
+    for (const float g : sums[linear]) size = std::max(size, std::fabs(static_cast<double>(g) - 1));
+    for (std::size_t at = linear; at < w.weight.size(); at += w.weight.size() / 9) {
+      EXPECT_NEAR(static_cast<double>(sums[linear][at]) - 1, slope(w.weight[at], hidden, length),
+                  5e-3 * (1 + size))
+          << linear << " " << at;
+    }
+  }
+}
+
+TEST_P(LayerGradientsTest, AdvanceIsTheLayer) {
+  using Activations = LayerGradients::Activations;
+  const std::uint64_t length = 9;
+  const std::vector<float> hidden = normal(2 * length * config_.hidden);
+  const RopeTable rope(config_, length);
+  const auto advanced = [&](Activations activations, int threads) {
+    std::vector<float> out = hidden;
+    LayerGradients(config_, weights_, 0, rope, threads, activations).advance(2, length, out);
+    return out;
+  };
+  const auto reference = [&](bool fp8) {
+    Precision precision;
+    precision.fp8_activations = fp8;
+    Doubles out;
+    for (std::size_t s = 0; s < 2; ++s) {
+      const auto begin = hidden.begin() + static_cast<std::ptrdiff_t>(s * hidden.size() / 2);
+      const std::vector<float> one(begin, begin + static_cast<std::ptrdiff_t>(hidden.size() / 2));
+      const Doubles part = ReferenceLayer(config_, weights_, 0, precision).run(one, length).hidden;
+      out.insert(out.end(), part.begin(), part.end());
+    }
+    return out;
+  };
+  const auto distance = [](const auto& a, const auto& b) {
+    double sum = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      sum += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    }
+    return std::sqrt(sum);
+  };
+  const std::vector<float> plain = advanced(Activations::plain, 1);
+  const Doubles exact = reference(false);
+  for (std::size_t i = 0; i < plain.size(); ++i) EXPECT_NEAR(plain[i], exact[i], 1e-3) << i;
+  const std::vector<float> rounded = advanced(Activations::quantised, 1);
+  EXPECT_EQ(rounded, advanced(Activations::quantised, 4));
+  const Doubles fp8 = reference(true);
+  EXPECT_LT(distance(rounded, fp8), 0.2 * distance(fp8, exact));
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, LayerGradientsTest,

@@ -59,7 +59,10 @@ TEST(Recipe, PresetsAreWhatTheDocumentationSays) {
   EXPECT_EQ(best.weights.levels, libquant::Levels::normal());
   EXPECT_EQ(best.descent_passes, 3U);
   EXPECT_EQ(best.own_text, 1);
+  EXPECT_EQ(best.tune_passes, 4U);
+  EXPECT_EQ(best.tune_rate, 0.02);
   EXPECT_EQ(preset_recipe("fast").own_text, 0);
+  EXPECT_EQ(preset_recipe("fast").tune_passes, 0U);
   EXPECT_EQ(best.key_factors, KeyFactors::moments);
   EXPECT_DOUBLE_EQ(best.key_n_exponent, 0.75);
   EXPECT_DOUBLE_EQ(best.key_s_exponent, 0.75);
@@ -160,7 +163,7 @@ TEST(Recipe, EveryKeyIsReadAndWritten) {
     if (key == "search") return json{-1, 1};
     if (key == "lambda1") return "scalar";
     if (key == "factors") return "moments";
-    if (key == "top_k" || key == "passes") return v.get<unsigned>() + 1;
+    if (key == "top_k" || key.ends_with("passes")) return v.get<unsigned>() + 1;
     return v.get<double>() * 0.5 + 0.25;
   };
   int changed = 0;
