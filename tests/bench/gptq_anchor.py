@@ -92,7 +92,7 @@ def pad_plan(config):
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     ratio = config["num_attention_heads"] // config["num_key_value_heads"]
     kv = next(n for n in range(config["num_key_value_heads"], 10_000) if n * ratio * head_dim % GROUP == 0)
-    hidden = up(config["hidden_size"], GROUP)
+    hidden = up(config["hidden_size"], math.lcm(GROUP, kv * ratio))  # transformers wants a multiple of the heads
     return dict(config, hidden_size=hidden, intermediate_size=up(config["intermediate_size"], GROUP), head_dim=head_dim,
                 num_attention_heads=kv * ratio, num_key_value_heads=kv,
                 rms_norm_eps=config["rms_norm_eps"] * config["hidden_size"] / hidden)
@@ -216,8 +216,8 @@ def main():
     ap.add_argument("--smollm2", type=Path)
     ap.add_argument("--only", help="name of one model")
     ap.add_argument("--calibration", choices=["calib", "other"], nargs="+", default=["calib", "other"])
-    ap.add_argument("--recipes", choices=RECIPES, nargs="+", default=list(RECIPES),
-                    help="own: best as it is; given: without text of its own, the same tokens as the anchor")
+    ap.add_argument("--recipes", choices=RECIPES, nargs="*", default=list(RECIPES),
+                    help="own: best as it is; given: without text of its own, the same tokens as the anchor; none: the anchor alone")
     ap.add_argument("--anchors", type=Path, help="an earlier --json: llm-compressor's figures that it has are not made again")
     ap.add_argument("--threads", type=int, default=0)
     ap.add_argument("--json", type=Path)
