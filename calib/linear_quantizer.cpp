@@ -59,7 +59,7 @@ QuantizedLinear quantize_folded(const LinearWeights& w, const ModuleChoice& choi
                             choice.weighted_search ? inputs.mean_square : std::span<const float>{}, q);
     if (choice.keep_means) {
       libquant::keep_row_means(all.subspan(begin * w.cols, count * w.cols), begin, count, inputs.mean,
-                               inputs.mean_square, q);
+                               inputs.mean_square, choice.weights.pin_top_scale, q);
     }
   });
   return q;
@@ -88,7 +88,8 @@ QuantizedLinear quantize_raw(const TensorView& view, const ModuleChoice& choice,
     if (!choice.keep_means) return;
     std::vector<float> values(count * cols);
     tensor_to_float(view, begin * cols, values, true);
-    libquant::keep_row_means(values, begin, count, inputs.mean, inputs.mean_square, q);
+    libquant::keep_row_means(values, begin, count, inputs.mean, inputs.mean_square,
+                             choice.weights.pin_top_scale, q);
   });
   return q;
 }

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "calib/own_text.hpp"
+
 namespace fireq::calib {
 namespace {
 
@@ -19,10 +21,22 @@ std::string with_error(double value, double error) {
   return text.data();
 }
 
+// Empty where it wrote none.
+std::string own_text(const formats::ModelConfig& model, const Recipe& recipe, const Windows* calibration) {
+  if (!recipe.curvature || calibration == nullptr) return {};
+  const std::uint64_t own = own_text_windows(model, *calibration, recipe.own_text);
+  if (own == 0) return {};
+  std::array<char, 16> share{};
+  std::snprintf(share.data(), share.size(), "%.1f %%",
+                100 * static_cast<double>(own) / static_cast<double>(own + calibration->count));
+  return std::to_string(own) + " windows of " + std::to_string(calibration->length) + ", " +
+         std::to_string(own * calibration->length) + " tokens, " + share.data() + " of all";
+}
+
 }  // namespace
 
 std::string model_card(const formats::ModelConfig& model, const QuantizePlan& plan, const Recipe& recipe,
-                       const formats::QuantizationConfig& q) {
+                       const formats::QuantizationConfig& q, const Windows* calibration) {
   std::string text = "---\nlibrary_name: fireq\ntags:\n- fireq\n- int4\n- fp8\n---\n\n# A " +
                      model.model_type + " model with 4-bit weights\n\n" + std::to_string(model.layers) +
                      " layers of " + std::to_string(model.hidden) + " channels. Made by `fireq` " +
@@ -49,6 +63,9 @@ std::string model_card(const formats::ModelConfig& model, const QuantizePlan& pl
   row("KV cache", q.kv_cache ? "INT4" : "not calibrated for INT4");
   row("layout of the codes", q.layout == formats::WeightLayout::row ? "row" : "sm90");
   if (q.calibration_tokens > 0) row("calibrated on", std::to_string(q.calibration_tokens) + " tokens");
+  if (const std::string own = own_text(model, recipe, calibration); !own.empty()) {
+    row("rounded on text that the original wrote itself, too", own);
+  }
   if (q.measured) {
     row("nll per token on " + std::to_string(q.measured->tokens) + " tokens held back from calibration",
         with_error(q.measured->delta_nll, q.measured->delta_nll_stderr) + " over the original's; KL to it " +

@@ -9,8 +9,9 @@
 
 namespace fireq::calib {
 
-// Of content alone, no path or date: the same input and recipe give the same text.
+// Of content alone, no path or date: the same input and recipe give the same text. calibration: null where
+// the run had statistics or nothing.
 std::string model_card(const formats::ModelConfig& model, const QuantizePlan& plan, const Recipe& recipe,
-                       const formats::QuantizationConfig& quantization);
+                       const formats::QuantizationConfig& quantization, const Windows* calibration);
 
 }  // namespace fireq::calib

@@ -125,20 +125,7 @@ class Job {
 std::array<std::string, 3> Job::fingerprints() {
   model_fingerprint_ = reader_.fingerprint(options_.threads);
   if (options_.statistics_path) {
-    statistics_ = formats::read_statistics(*options_.statistics_path);
-    if (statistics_->meta.model_fingerprint != model_fingerprint_) {
-      throw Error(ErrorKind::input, "statistics were collected on another model")
-          .path(*options_.statistics_path)
-          .expected("model fingerprint " + model_fingerprint_)
-          .found(statistics_->meta.model_fingerprint)
-          .hint("run fireq calibrate on this model");
-    }
-    if (statistics_->layers.size() != config_.layers) {
-      throw Error(ErrorKind::input, "statistics do not cover the model's layers")
-          .path(*options_.statistics_path)
-          .expected(std::to_string(config_.layers))
-          .found(std::to_string(statistics_->layers.size()));
-    }
+    statistics_ = statistics_of_model(*options_.statistics_path, config_, model_fingerprint_);
     text_fingerprint_ = statistics_->meta.text_fingerprint;
   } else if (options_.calibration) {
     if (options_.recipe.needs_statistics()) statistics_ = options_.statistics;
@@ -471,9 +458,10 @@ formats::QuantizationConfig Job::quantization_config() const {
 void Job::publish(FireqWriter& writer, const QuantizePlan& plan, const std::vector<std::string>& units) {
   formats::QuantizationConfig quantization = quantization_config();
   const std::string source_config = formats::read_text_file(reader_.folder() + "/config.json");
+  const Windows* const calibration = options_.calibration ? &*options_.calibration : nullptr;
   const auto write_card = [&] {
     formats::write_file_atomically(fs_, writer.side_file("README.md"),
-                                   model_card(config_, plan, options_.recipe, quantization));
+                                   model_card(config_, plan, options_.recipe, quantization, calibration));
     return formats::make_config_json(source_config, quantization);
   };
   FireqWriter::Revise revise;
@@ -497,11 +485,6 @@ void Job::publish(FireqWriter& writer, const QuantizePlan& plan, const std::vect
 
 QuantizeResult Job::run() {
   const auto begin = std::chrono::steady_clock::now();
-  if (source_.packed()) {
-    throw Error(ErrorKind::usage, "the model is a FireQ checkpoint already")
-        .path(reader_.folder())
-        .hint("quantise the original checkpoint");
-  }
   const QuantizePlan plan = plan_quantization(source_, options_);
   for (const auto& [tensor, why] : plan.kept) {
     if (why.starts_with("dropped")) progress_.warning(std::string(tensor).append(": ").append(why));
@@ -571,6 +554,26 @@ QuantizeResult Job::run() {
 }
 
 }  // namespace
+
+formats::CalibrationStatistics statistics_of_model(const std::string& path,
+                                                   const formats::ModelConfig& config,
+                                                   const std::string& fingerprint) {
+  formats::CalibrationStatistics statistics = formats::read_statistics(path);
+  if (statistics.meta.model_fingerprint != fingerprint) {
+    throw Error(ErrorKind::input, "statistics were collected on another model")
+        .path(path)
+        .expected("model fingerprint " + fingerprint)
+        .found(statistics.meta.model_fingerprint)
+        .hint("run fireq calibrate on this model");
+  }
+  if (statistics.layers.size() != config.layers) {
+    throw Error(ErrorKind::input, "statistics do not cover the model's layers")
+        .path(path)
+        .expected(std::to_string(config.layers))
+        .found(std::to_string(statistics.layers.size()));
+  }
+  return statistics;
+}
 
 QuantizeResult quantize_model(const WeightSource& source, const QuantizeOptions& options,
                               formats::FileSystem& fs, Progress& progress) {

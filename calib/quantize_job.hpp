@@ -55,6 +55,7 @@ struct QuantizePlan {
   std::uint64_t largest_layer_fp32 = 0;
   std::uint64_t calibration_bytes = 0;
 };
+// Throws Error(usage) for a source that is a FireQ folder already.
 QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options);
 
 // Bytes of one linear's weight, without a bias, as `choice` would have it stored.
@@ -71,6 +72,12 @@ struct MemoryPlan {
   std::uint64_t peak = 0;  // upper estimate: layers in FP32, calibration_bytes, fixed buffers
 };
 MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe, const Windows* windows);
+
+// The statistics in the file `path`, of the model with this shape and fingerprint
+// (CheckpointReader::fingerprint). Throws Error(input) where they are of another one or damaged.
+formats::CalibrationStatistics statistics_of_model(const std::string& path,
+                                                   const formats::ModelConfig& config,
+                                                   const std::string& fingerprint);
 
 struct QuantizeResult {
   std::uint64_t bytes_before = 0, bytes_after = 0;                // tensor data

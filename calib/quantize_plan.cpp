@@ -11,6 +11,7 @@
 #include "calib/own_text.hpp"
 #include "calib/quantize_job.hpp"
 #include "calib/two_streams.hpp"
+#include "common/error.hpp"
 #include "libquant/kv_rounding.hpp"
 #include "libquant/packing.hpp"
 
@@ -68,6 +69,11 @@ MemoryPlan plan_memory(const formats::ModelConfig& config, const Recipe& recipe,
 QuantizePlan plan_quantization(const WeightSource& source, const QuantizeOptions& options) {
   const formats::ModelConfig& config = source.config();
   const formats::CheckpointReader& reader = source.reader();
+  if (source.packed()) {
+    throw Error(ErrorKind::usage, "the model is a FireQ checkpoint already")
+        .path(reader.folder())
+        .hint("quantise the original checkpoint");
+  }
   const FoldReport changes = planned_changes(config, options.recipe);
   const Modules modules = modules_of(source, options.recipe);
   QuantizePlan plan;

@@ -265,8 +265,23 @@ class Recipes(TestCase):
         fireq("quantize", STORIES_260K, "-o", out, "--preset", "paper", "--stats", stats, "--quiet")
         # Statistics hold no text to measure on.
         self.assert_same_folder(self.quantised("paper-unmeasured", STORIES_260K, "--preset", "paper", "--no-measure", *CALIBRATE_260K), out)
-        refused("quantize", STORIES_260K_BF16, "-o", self.tmp / "other", "--preset", "paper", "--stats", stats, "--quiet",
-                code=INPUT, parts=["stats.h5", "model"])
+        before = digest(self.tmp)
+        of_another = ("quantize", STORIES_260K_BF16, "-o", self.tmp / "other", "--preset", "paper", "--stats", stats, "--quiet")
+        line = refused(*of_another, code=INPUT, parts=["stats.h5", "model"])
+        self.assertEqual(line, refused(*of_another, "--dry-run", code=INPUT, parts=["stats.h5", "model"]))
+        fireq("quantize", STORIES_260K, "-o", self.tmp / "other", "--preset", "paper", "--stats", stats, "--quiet", "--dry-run")
+        self.assertEqual(before, digest(self.tmp))
+
+    def test_text_of_the_models_own_is_on_the_card(self):
+        row = re.compile(r"^\| rounded on text that the original wrote itself.* \| (.*) \|$", re.M)
+        for own, expected in ((1, "8 windows of 128, 1024 tokens, 50.0 % of all"), (0.25, "2 windows of 128, 256 tokens, 20.0 % of all"),
+                              (0, None)):
+            with self.subTest(own):
+                (self.tmp / "recipe.json").write_text(json.dumps({"preset": "best", "curvature": {"own_text": own, "passes": 0}}))
+                out = self.tmp / f"own{own}"
+                fireq("quantize", STORIES_260K, "-o", out, "--recipe", self.tmp / "recipe.json", "--quiet", "--no-measure",
+                      *CALIBRATE_260K)
+                self.assertEqual([expected] if expected else [], row.findall((out / "README.md").read_text()))
 
 
 class DryRun(TestCase):
@@ -312,7 +327,8 @@ class Inputs(TestCase):
 
     def test_a_fireq_folder_is_not_quantised_again(self):
         packed = self.quantised("rtn", STORIES_260K, "--preset", "rtn")
-        refused("quantize", packed, "-o", self.tmp / "out", "--preset", "rtn", "--quiet", code=USAGE, parts=["already"])
+        for dry in ((), ("--dry-run",)):
+            refused("quantize", packed, "-o", self.tmp / "out", "--preset", "rtn", "--quiet", *dry, code=USAGE, parts=["already"])
         self.assertEqual([], list(self.tmp.iterdir()))
 
     def test_nan_and_infinity_are_named(self):

@@ -7,6 +7,9 @@ which is what W4AFP8 does to its inputs). Before anything is compared the script
 makes of the text, that a padded model is the unpadded one (below), that PyTorch and fireq give llm-compressor's weights the same
 nll, and that its own forward pass with its own FP8 inputs gives that of fireq up to rounding noise.
 
+`best` writes text of its own beside the tokens given; "best, given text alone" goes without, so that both sides have seen the
+same tokens and no others. --recipes picks; --anchors takes llm-compressor's figures from an earlier --json of the same versions.
+
 W4AFP8 has groups of 128 input channels and llm-compressor refuses widths that 128 does not divide (stories15M 288,
 stories260K 64 and 172, SmolLM2 576). Two ways around that, both in the table:
   padded     the model with zero channels, heads and neurons added up to multiples of 128, norms rescaled: the same function.
@@ -15,6 +18,7 @@ stories260K 64 and 172, SmolLM2 576). Two ways around that, both in the table:
 
     python3 -m venv venv && venv/bin/pip install llmcompressor==0.14.0.1 sentencepiece
     venv/bin/python tests/bench/gptq_anchor.py --fireq build/release/bin/fireq --data build/data [--smollm2 DIR] [--only MODEL]
+                                                         [--recipes own given] [--anchors FILE] [--json FILE]
 """
 import argparse
 import importlib.metadata
@@ -45,7 +49,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 GROUP = 128
 GROUPS = {"stories15M": 96, "SmolLM2-135M-Instruct": 64}  # divide every width of the model
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PARTS = [("W4A8", ["--activations", "fp8", "--kv", "fp", "--qp", "fp"])]
+W4A8 = ["--activations", "fp8", "--kv", "fp", "--qp", "fp"]
+RECIPES = {"own": ("best", {"preset": "best"}),
+           "given": ("best, given text alone", {"preset": "best", "curvature": {"own_text": 0}})}
 
 
 def option(arguments, name, default=None):
@@ -86,7 +92,7 @@ def pad_plan(config):
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     ratio = config["num_attention_heads"] // config["num_key_value_heads"]
     kv = next(n for n in range(config["num_key_value_heads"], 10_000) if n * ratio * head_dim % GROUP == 0)
-    hidden = up(config["hidden_size"], GROUP)
+    hidden = up(config["hidden_size"], math.lcm(GROUP, kv * ratio))  # transformers wants a multiple of the heads
     return dict(config, hidden_size=hidden, intermediate_size=up(config["intermediate_size"], GROUP), head_dim=head_dim,
                 num_attention_heads=kv * ratio, num_key_value_heads=kv,
                 rms_norm_eps=config["rms_norm_eps"] * config["hidden_size"] / hidden)
@@ -185,10 +191,22 @@ def near(what, a, b, tolerance):
         sys.exit(f"{what}: {a} and {b} differ by more than {tolerance}")
 
 
-def show(name, calibration, cell, seconds, best):
-    ratio = lambda what: f"{best[what] / cell[what]:.2f}" if best else "1"
-    print(f"| {name} | {calibration} | {cell['dnll']:+.4f} ± {cell['dnll_stderr']:.4f} | {cell['kl']:.4f} ± {cell['kl_stderr']:.4f} "
-          f"| {seconds:.0f} | {ratio('dnll')} / {ratio('kl')} |", flush=True)
+def show(row, bests):
+    """bests: rows of `best`, compared with this one each; none in their own rows."""
+    ratios = "; ".join(f"{best['dnll'] / row['dnll']:.2f} / {best['kl'] / row['kl']:.2f}" for best in bests)
+    print(f"| {row['recipe']} | {row['calibration']} | {row['dnll']:+.4f} ± {row['dnll_stderr']:.4f} "
+          f"| {row['kl']:.4f} ± {row['kl_stderr']:.4f} | {row['seconds']:.0f} | {ratios} |", flush=True)
+
+
+def earlier_anchors(path, versions):
+    """llm-compressor's rows of an earlier --json, by model, recipe and calibration."""
+    if path is None:
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier["versions"] != versions:
+        sys.exit(f"{path}: made with {earlier['versions']}, here are {versions}: go without --anchors")
+    return {(model, row["recipe"], row["calibration"]): row for model, rows in earlier["models"].items() for row in rows
+            if row["recipe"].startswith("llm-compressor")}
 
 
 def main():
@@ -198,12 +216,17 @@ def main():
     ap.add_argument("--smollm2", type=Path)
     ap.add_argument("--only", help="name of one model")
     ap.add_argument("--calibration", choices=["calib", "other"], nargs="+", default=["calib", "other"])
+    ap.add_argument("--recipes", choices=RECIPES, nargs="*", default=list(RECIPES),
+                    help="own: best as it is; given: without text of its own, the same tokens as the anchor; none: the anchor alone")
+    ap.add_argument("--anchors", type=Path, help="an earlier --json: llm-compressor's figures that it has are not made again")
     ap.add_argument("--threads", type=int, default=0)
     ap.add_argument("--json", type=Path)
     args = ap.parse_args()
     versions = {p: importlib.metadata.version(p) for p in ("llmcompressor", "compressed-tensors", "torch", "transformers")}
     print("<!-- " + ", ".join(f"{p} {v}" for p, v in versions.items()) + " -->")
+    earlier = earlier_anchors(args.anchors, versions)
     everything = {"versions": versions, "models": {}}
+    save = lambda: args.json and args.json.write_text(json.dumps(everything, indent=2) + "\n")
     for model in models(args.data, args.smollm2):
         if args.only and args.only != model["name"]:
             continue
@@ -228,7 +251,8 @@ def main():
                         "nll": r["nll_per_token"]}
 
             print(f"\n### {model['name']}: nll {base['nll_per_token']:.5f}, {base['scored']} tokens scored\n\n"
-                  "| | calibrated on | Δnll | KL | seconds | `best` / this: Δnll, KL |\n|---|---|---|---|---|---|", flush=True)
+                  "| | calibrated on | Δnll | KL | seconds | " + "; ".join(f"`{RECIPES[r][0]}`" for r in args.recipes) +
+                  " / this: Δnll / KL |\n|---|---|---|---|---|---|", flush=True)
             for which in args.calibration:
                 samples, length = (int(option(model[which], name)) for name in ("--samples", "--length"))
                 source = list(model[which]) + ["--bos", option(model["eval"], "--bos")]
@@ -237,29 +261,36 @@ def main():
                 windows = [calibration[i:i + length] for i in range(0, len(calibration), length)]
                 label = ("Grimm" if GRIMM in str(option(model[which], "--text")) else "in domain") + f", {len(windows)} × {length}"
                 write_ids(tmp / "calib.u32", calibration)
-                packed, q = run.quantize({"path": folder, "ids": ["--tokens", tmp / "calib.u32", "--bos", "none", "--samples",
-                                                                  len(windows), "--length", length]}, {"preset": "best"}, "ids")
-                best = measure(packed, *PARTS[0][1])
-                show("`best`", label, best, q["seconds"], None)
-                rows.append({"recipe": "best", "calibration": label, "seconds": q["seconds"], **best})
+                given = {"path": folder, "ids": ["--tokens", tmp / "calib.u32", "--bos", "none", "--samples", len(windows),
+                                                 "--length", length]}
+                bests = []
+                for name, recipe in (RECIPES[r] for r in args.recipes):
+                    packed, q = run.quantize(given, recipe, "ids")
+                    bests.append({"recipe": name, "calibration": label, "seconds": q["seconds"], **measure(packed, *W4A8)})
+                    show(bests[-1], [])
+                rows += bests
+                save()
                 tried = [("padded", padded, GROUP)]
                 if model["name"] in GROUPS:
                     tried.append((f"group {GROUPS[model['name']]}", folder, GROUPS[model["name"]]))
                 for name, start, group in tried:
-                    compressed, weights, seconds = compress(start, windows, group)
-                    shutil.rmtree(tmp / "plain", ignore_errors=True)
-                    plain = write_plain(folder, weights, tmp / "plain")
-                    cell = measure(plain, "--activations", "fp8")
-                    near(f"{name}: nll of its weights without FP8 inputs, in PyTorch and in fireq",
-                         torch_nll(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), ids, ctx),
-                         run("eval", plain, *evaluation)["nll_per_token"], 1e-4)
-                    # One rounds F32 to FP8, the other bf16, and by a scale that may differ in its last bit: two draws of the
-                    # same rounding noise.
-                    near(f"{name}: nll of llm-compressor's own forward pass, and of fireq", torch_nll(compressed, ids, ctx), cell["nll"], 1e-2)
-                    show(f"llm-compressor, {name}", label, cell, seconds, best)
-                    rows.append({"recipe": f"llm-compressor, {name}", "calibration": label, "seconds": seconds, **cell})
-    if args.json:
-        args.json.write_text(json.dumps(everything, indent=2) + "\n")
+                    key = (model["name"], f"llm-compressor, {name}", label)
+                    if key not in earlier:
+                        compressed, weights, seconds = compress(start, windows, group)
+                        shutil.rmtree(tmp / "plain", ignore_errors=True)
+                        plain = write_plain(folder, weights, tmp / "plain")
+                        cell = measure(plain, "--activations", "fp8")
+                        near(f"{name}: nll of its weights without FP8 inputs, in PyTorch and in fireq",
+                             torch_nll(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32), ids, ctx),
+                             run("eval", plain, *evaluation)["nll_per_token"], 1e-4)
+                        # One rounds F32 to FP8, the other bf16, and by a scale that may differ in its last bit: two draws of the
+                        # same rounding noise.
+                        near(f"{name}: nll of llm-compressor's own forward pass, and of fireq", torch_nll(compressed, ids, ctx),
+                             cell["nll"], 1e-2)
+                        earlier[key] = {"recipe": key[1], "calibration": label, "seconds": seconds, **cell}
+                    show(earlier[key], bests)
+                    rows.append(earlier[key])
+                    save()
 
 
 if __name__ == "__main__":
