@@ -118,6 +118,7 @@ class TwoStreamsTest : public testing::TestWithParam<const char*> {
                                          work, threads, progress_);
     if (report != nullptr) *report = said;
     std::vector<QuantizedLayer> out;
+    out.reserve(work.size());
     for (TunedLayer& layer : work) out.push_back(std::move(layer.quantized));
     return out;
   }
