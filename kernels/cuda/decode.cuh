@@ -58,9 +58,7 @@ class DecodeConsumer {
 
   __device__ __forceinline__ void run(Stopwatch<kVariant == Variant::profile>& watch) {
     wait_for_weights(0, 0, watch);
-    const std::uint32_t from = half_of(0);
-    const std::uint32_t sigma = codes_.load_first(from, warp_, lane_);
-    codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
+    codes_.load(half_of(0), shared_.base + Traits::kTableOffset, warp_, lane_);
     Segment segment;
     for (std::uint32_t turn = 0; SegmentWalk(p_.plan, blockIdx.x).at(turn, segment); ++turn) {
       RowTerms terms;

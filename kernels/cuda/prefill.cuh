@@ -149,9 +149,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void start(Stopwatch<kVariant == Variant::profile>& watch) {
     wait_for(0, 0, watch);
     watch.stamp_once(Stamp::first_tokens);
-    const std::uint32_t from = shared_.weights(0) + group_ * kHalfBytes;
-    const std::uint32_t sigma = codes_.load_first(from, warp_, lane_);
-    codes_.load_second(from, shared_.base + Traits::kTableOffset, sigma, warp_, lane_);
+    codes_.load(shared_.weights(0) + group_ * kHalfBytes, shared_.base + Traits::kTableOffset, warp_, lane_);
   }
   __device__ __forceinline__ void wait_for(std::uint32_t stage, std::uint32_t parity,
                                            Stopwatch<kVariant == Variant::profile>& watch) const {

@@ -17,14 +17,10 @@ struct WeightFragment {
   // `half`: shared-memory address of the half tile; `table`: of the 1024-byte aligned operand table.
   __device__ __forceinline__ void load(std::uint32_t half, std::uint32_t table, std::uint32_t warp,
                                        std::uint32_t lane) {
-    const std::uint32_t sigma = ptx::load_shared_2(half + kHalfCodeBytes + 2 * (8 * warp + lane / 4));
-    codes[0] = ptx::load_shared_16(half + 16 * (32 * warp + lane));
-    codes[1] = ptx::load_shared_16(half + 2048 + 16 * (32 * warp + lane));
-    rows[0] = ptx::load_shared_8(table | ((sigma << 3U) & 0x3f8U));
-    rows[1] = ptx::load_shared_8(table | ((sigma >> 5U) & 0x3f8U));
+    load_second(half, table, load_first(half, warp, lane), warp, lane);
   }
-  // The same in two parts, for loads into registers that steps 0 and 1, then 2 and 3 of the tile before have
-  // just given up: the first returns the scale bytes that the second wants.
+  // In two parts, for loads into registers that steps 0 and 1, then 2 and 3 of the tile before have just
+  // given up: the first returns the scale bytes that the second wants.
   __device__ __forceinline__ std::uint32_t load_first(std::uint32_t half, std::uint32_t warp,
                                                       std::uint32_t lane) {
     codes[0] = ptx::load_shared_16(half + 16 * (32 * warp + lane));
