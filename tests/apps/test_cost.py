@@ -251,8 +251,8 @@ class Time(TestCase):
     def test_more_text_takes_longer(self):
         """32 times the text, of the same length of window; a machine that is busy now and then does not hide that."""
         text = ("--preset", "fast", "--text", TINY, "--length", 128, "--samples")
-        few, many = (self.expected(*text, n)["calibrate"] for n in (8, 256))
-        self.assertGreater(many, 4 * few)
+        few = min(self.expected(*text, 8)["calibrate"] for _ in range(4))  # being busy makes it no shorter
+        self.assertGreater(self.expected(*text, 256)["calibrate"], 4 * few)
 
     def test_what_is_printed(self):
         said = fireq("quantize", STORIES_260K, "-o", self.tmp / "out", *CALIBRATE_260K).out
