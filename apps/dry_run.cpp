@@ -131,11 +131,11 @@ nlohmann::json plan_json(const calib::QuantizePlan& plan) {
 
 int dry_run(const Report& report, const calib::WeightSource& source, const calib::QuantizeOptions& options,
             const std::optional<calib::PrecisionPlan>& chosen, nlohmann::json out) {
+  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
   if (options.statistics_path) {
     calib::statistics_of_model(*options.statistics_path, source.config(),
                                source.reader().fingerprint(options.threads));
   }
-  const calib::QuantizePlan plan = calib::plan_quantization(source, options);
   print_linears(report, plan);
   print_kept(report, plan);
   report.line(

@@ -279,13 +279,14 @@ TuningReport tune_codes(const WeightSource& original, const Windows& windows, co
 
 std::uint64_t tuning_bytes(const formats::ModelConfig& config, const Windows& windows, const Recipe& recipe) {
   const std::uint64_t tokens = tuning_work(windows, recipe).windows_per_step * windows.length;
-  // Beside what is held: both hidden states of all tokens; in a step each layer's inputs, one layer's
-  // activations and their gradients, its weights' gradients, and logits.
-  return held_bytes(config) + 2 * windows.ids.size() * config.hidden * sizeof(float) +
+  // Beside what is held: both hidden states of all tokens, and all codes twice; in a step each layer's
+  // inputs, one layer's activations and their gradients, its weights' gradients, and logits of both models.
+  const std::uint64_t packed = config.layers * layer_weights(config) * 9 / 16;
+  return held_bytes(config) + 2 * packed + 2 * windows.ids.size() * config.hidden * sizeof(float) +
          tokens * sizeof(float) *
              (config.hidden * (config.layers + 8) + 4 * config.q_rows() + 6 * config.kv_rows() +
-              4 * config.ffn) +
-         layer_weights(config) * sizeof(float) + 2 * kLogits * sizeof(float);
+              4 * config.ffn + 2 * config.vocab) +
+         layer_weights(config) * sizeof(float);
 }
 
 }  // namespace fireq::calib

@@ -101,7 +101,7 @@ class Job {
   std::vector<StagedTensor> linear_tensors(std::uint64_t layer, std::size_t i, const FoldReport& report,
                                            const LayerWeights* weights, const QuantizedLayer* together);
   QuantizedLayer quantize_in_streams(std::uint64_t layer, const LayerWeights& weights);
-  QuantizedLayer staged_layer(const FireqWriter& writer, std::uint64_t layer) const;
+  QuantizedLayer staged_layer(const FireqWriter& writer, const std::string& unit, std::uint64_t layer) const;
   void replay_layer(FireqWriter& writer, std::uint64_t layer);
   std::array<std::string, 3> fingerprints();
   formats::QuantizationConfig quantization_config() const;
@@ -248,8 +248,9 @@ QuantizedLayer Job::quantize_in_streams(std::uint64_t layer, const LayerWeights&
   return quantized;
 }
 
-QuantizedLayer Job::staged_layer(const FireqWriter& writer, std::uint64_t layer) const {
-  const formats::SafetensorsFile file = writer.open_unit(layer_unit(layer));
+QuantizedLayer Job::staged_layer(const FireqWriter& writer, const std::string& unit,
+                                 std::uint64_t layer) const {
+  const formats::SafetensorsFile file = writer.open_unit(unit);
   const std::array<std::string, kLinears> names = formats::linear_names(layer);
   QuantizedLayer quantized;
   for (std::size_t i = 0; i < kLinears; ++i) {
@@ -270,7 +271,7 @@ QuantizedLayer Job::staged_layer(const FireqWriter& writer, std::uint64_t layer)
 void Job::replay_layer(FireqWriter& writer, std::uint64_t layer) {
   LayerWeights weights = source_.load_layer(layer, options_.threads);
   fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights);
-  streams_->replay(layer, std::move(weights), staged_layer(writer, layer));
+  streams_->replay(layer, std::move(weights), staged_layer(writer, layer_unit(layer), layer));
 }
 
 void Job::stage_layer(FireqWriter& writer, std::uint64_t layer) {
@@ -360,7 +361,7 @@ void Job::stage_tuned_layers(FireqWriter& writer) {
     LayerWeights weights = source_.load_layer(layer, options_.threads);
     reports.push_back(
         fold_layer(config_, options_.recipe, statistics_ ? &statistics_->layers[layer] : nullptr, weights));
-    layers.push_back({std::move(weights), staged_layer(writer, layer)});
+    layers.push_back({std::move(weights), staged_layer(writer, layer_unit(layer), layer)});
   }
   const TuningReport report =
       tune_codes(source_, stream_windows_, options_.recipe, modules_, layers, options_.threads, progress_);
@@ -370,7 +371,17 @@ void Job::stage_tuned_layers(FireqWriter& writer) {
         "original on text held back (more text would help)");
   }
   for (std::uint64_t layer = 0; layer < config_.layers; ++layer) {
-    if (writer.unit_done(tuned_unit(layer))) continue;
+    if (writer.unit_done(tuned_unit(layer))) {
+      // Layers of two tunings do not fit together.
+      const QuantizedLayer earlier = staged_layer(writer, tuned_unit(layer), layer);
+      for (std::size_t i = 0; i < kLinears; ++i) {
+        if (earlier[i].codes == layers[layer].quantized[i].codes) continue;
+        throw Error(ErrorKind::usage, "codes tuned anew are not those of the run that stopped")
+            .tensor(formats::linear_names(layer)[i])
+            .hint("finish it on the kind of processor that it began on, or start again with --restart");
+      }
+      continue;
+    }
     writer.stage(tuned_unit(layer),
                  layer_tensors(layer, reports[layer], &layers[layer].weights, &layers[layer].quantized));
   }

@@ -105,4 +105,23 @@ class SegmentWalk {
   std::uint32_t turn_ = 0;
 };
 
+// ---- Prefill's promotions: the accumulators of FP8 multiplies are added to sums kept more exactly, and
+// cleared, after at most so many K groups.
+inline constexpr std::uint32_t kPromoteGroups = 24;
+
+// Groups between two promotions for a K of `groups`: even chunks, in whole rounds of a ring of `stages`, of
+// more than one round. stages <= kPromoteGroups / 2.
+constexpr std::uint32_t prefill_chunk(std::uint32_t groups, std::uint32_t stages) {
+  const std::uint32_t chunks = groups == 0 ? 1 : (groups + kPromoteGroups - 1) / kPromoteGroups;
+  const std::uint32_t rounds = ((groups + chunks - 1) / chunks + stages - 1) / stages;
+  const std::uint32_t most = kPromoteGroups / stages;
+  return (rounds < 2 ? 2 : rounds < most ? rounds : most) * stages;
+}
+// Where the chunk that begins at group g of a segment ends. next: where it would in even chunks; the second
+// warpgroup promotes a round `earlier` than the first, which multiplies meanwhile.
+FIREQ_HOST_DEVICE std::uint32_t promotion_after(std::uint32_t g, std::uint32_t next, std::uint32_t end,
+                                                std::uint32_t earlier) {
+  return end - g <= kPromoteGroups ? end : next - earlier;
+}
+
 }  // namespace fireq::kernels

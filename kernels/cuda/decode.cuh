@@ -67,7 +67,7 @@ class DecodeConsumer {
       multiply(segment, acc, watch);
       watch.stamp(Stamp::multiplied);
       // What the loop wanted the registers of. Not in clusters or with few tokens: code that runs once comes
-      // from the L2, and costs half a microsecond there.
+      // from the L2.
       if constexpr (Traits::kRounds && !Traits::kClusters) {
         find_itself();
         SegmentWalk(p_.plan, ptx::block_index()).at(turn, segment);

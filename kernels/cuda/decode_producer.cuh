@@ -96,6 +96,7 @@ struct DecodeTraits {
   static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 64 * 4;
   static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 16 * (kWeightStages + kTokenStages) + 24;
   static_assert(kSharedBytes <= kDecodeSharedLimit);
+  static_assert(kChunk > 0 && kWeightStages >= 2 && kTokenStages >= 2);
   static_assert(!kPartsInTokens || kSumOffset + kSumBytes <= kTokensEnd);
 };
 

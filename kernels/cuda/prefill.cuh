@@ -63,11 +63,10 @@ class PrefillConsumer {
       for (std::uint32_t i = 0; i < kScales; ++i) scale[i] = token_scale(first_token + 32 * i + lane_);
       staging_free_ = false;
       std::uint32_t stop = segment.begin;
-      // The second warpgroup promotes a round earlier than the first, which multiplies meanwhile.
       const std::uint32_t earlier = group_ * Traits::kStages;
       for (std::uint32_t next = segment.begin + p_.chunk; stop != segment.end; next += p_.chunk) {
         const std::uint32_t g = stop;
-        stop = segment.end - g <= kPromoteGroups ? segment.end : next - earlier;
+        stop = promotion_after(g, next, segment.end, earlier);
         multiply(g, __shfl_sync(0xffffffffU, stop - g, 0), row, place.token_tile, acc, watch);
         watch.begin_wait();
         if (g != segment.begin) add_partial(acc);

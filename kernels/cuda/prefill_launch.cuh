@@ -37,11 +37,7 @@ void launch_prefill_traits(const GemmProblem& problem, const GemmConfig& config,
   p.token_tiles = static_cast<std::uint32_t>((problem.x.tokens + Traits::kTokens - 1) / Traits::kTokens);
   const bool through_l2 = config.split_k && config.cluster == kPrefillCluster;
   p.first_weights = std::min(through_l2 ? Traits::kStages : kFirstWeights, Traits::kStages);
-  // Even chunks, in whole rounds of the ring, of more than one round (the second warpgroup's first is one
-  // shorter).
-  const std::uint32_t chunks = (p.groups + kPromoteGroups - 1) / kPromoteGroups;
-  const std::uint32_t rounds = ((p.groups + chunks - 1) / chunks + Traits::kStages - 1) / Traits::kStages;
-  p.chunk = std::clamp(rounds, 2U, kPromoteGroups / Traits::kStages) * Traits::kStages;
+  p.chunk = prefill_chunk(p.groups, Traits::kStages);
   p.partial = half_scale(w.padded_cols());
   p.tensor_output = problem.y.pitch % 8 == 0 && reinterpret_cast<std::uintptr_t>(problem.y.data) % 16 == 0;
   p.vector_residual = problem.epilogue.residual_pitch % 8 == 0 &&

@@ -17,7 +17,6 @@ namespace fireq::kernels {
 
 inline constexpr std::uint32_t kPrefillThreads = 384;
 inline constexpr std::uint32_t kPrefillCluster = 2;
-inline constexpr std::uint32_t kPromoteGroups = 24;
 inline constexpr std::uint32_t kRasterTokens = 2048;
 // Tokens wait behind the weights that were asked for before them: where a CTA has enough to do afterwards,
 // only the first stages' are.
@@ -68,6 +67,8 @@ struct PrefillTraits {
   static constexpr std::uint32_t kBarrierOffset = kScaleOffset + 4 * kTokens;
   static constexpr std::uint32_t kSharedBytes = kBarrierOffset + 24 * kStages + 16;
   static_assert(kSharedBytes <= kPrefillSharedLimit);
+  // The stage that is multiplied, the one whose codes are loaded, and the one before, not yet free.
+  static_assert(kStages >= 3 && 2 * kStages <= kPromoteGroups);
 };
 
 template <class Traits>

@@ -80,6 +80,22 @@ class Killed(TestCase):
 
     def test_kill_a_run_that_tunes_codes(self):
         """When all layers are rounded their codes are tuned together, which a resumed run begins anew."""
+        args = (STORIES_260K, *TUNE_260K, "--preset", "best", "--quiet")
+        whole, out = self.tmp / "whole", self.tmp / "out"
+        fireq("quantize", *args, "-o", whole)
+        process = start("quantize", *args, "-o", out)
+
+        def units():
+            return {p.stem for p in (self.partial(out) / "units").glob("*.safetensors")}
+        while process.poll() is None and "layer-00004" not in units():
+            time.sleep(0.005)
+        time.sleep(0.02)
+        stop_group(process)
+        process.communicate()
+        self.assertIn("layer-00004", units())
+        self.assertNotIn("tuned-layer-00000", units(), "the kill came too late")
+        fireq("quantize", *args, "-o", out, "--resume")
+        self.assert_same_folder(whole, out)
         kills = sum(self.kill_and_resume(seed, STORIES_260K, *TUNE_260K, "--preset", "best") for seed in (41, 42))
         self.assertGreater(kills, 0, "the kills came too late to test anything")
 

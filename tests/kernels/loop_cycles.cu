@@ -1,7 +1,7 @@
 // How long the inner loop of the Hopper kernels takes by itself, in cycles a stage of 128 x 128 weights on a
 // multiprocessor: multiplies and expansion alone and together, and with rings of barriers whose positions are
 // computed or known when compiled. Nothing is copied: the producer only arrives. Prints a table.
-// docs/kernels/road.md, version 9, has its figures.
+// docs/kernels/road.md, version 9, has the figures of its forerunners.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -68,6 +68,56 @@ TEST(SplitPlan, EveryUnitBelongsToOneWorkerAndTheMapsAgree) {
   }
 }
 
+// Both warpgroups, whatever part of K a segment is.
+TEST(Promotion, NeverAfterMoreThanItsGroups) {
+  std::mt19937 rng(std::random_device{}());
+  for (const std::uint32_t stages : {4U, 5U, 6U, 8U}) {
+    for (std::uint32_t groups = 1; groups < 700; ++groups) {
+      const std::uint32_t chunk = prefill_chunk(groups, stages);
+      EXPECT_EQ(chunk % stages, 0U);
+      EXPECT_LE(chunk, kPromoteGroups);
+      const std::uint32_t begin = std::uniform_int_distribution<std::uint32_t>(0, groups - 1)(rng);
+      const std::uint32_t end = std::uniform_int_distribution<std::uint32_t>(begin + 1, groups)(rng);
+      for (const std::uint32_t earlier : {0U, stages}) {
+        std::uint32_t stop = begin;
+        for (std::uint32_t next = begin + chunk; stop != end; next += chunk) {
+          const std::uint32_t g = stop;
+          stop = promotion_after(g, next, end, earlier);
+          ASSERT_GT(stop, g) << groups << " groups, " << stages << " stages";
+          ASSERT_LE(stop - g, kPromoteGroups);
+          ASSERT_LE(stop, end);
+        }
+      }
+    }
+  }
+}
+
+// What the decode kernel takes for granted: a cluster has one row block, and each of its CTAs a share, which
+// is the whole block if and only if it is alone.
+TEST(DecodePlan, ClustersShareOneBlock) {
+  for (const std::uint32_t row_tile : {128U, 64U}) {
+    for (const std::uint32_t tile : {8U, 16U, 32U, 64U}) {
+      for (const std::uint32_t cluster : {1U, 2U, 4U}) {
+        for (const std::uint64_t cols : {1U, 128U, 256U, 257U, 512U, 1024U, 4096U, 14336U}) {
+          for (const std::uint64_t rows : {1U, 64U, 65U, 128U, 300U, 4096U, 28672U}) {
+            const GemmConfig config{Route::decode, tile, cluster, 1, cluster > 1 || row_tile == 64, row_tile};
+            const SplitPlan plan = decode_plan(rows, cols, config, 132);
+            ASSERT_EQ(plan.workers, plan.blocks * plan.shares);
+            for (std::uint32_t w = 0; w < plan.workers; ++w) {
+              const SegmentWalk walk(plan, w);
+              Segment s;
+              ASSERT_TRUE(walk.at(0, s));
+              ASSERT_EQ(s.block, w / plan.shares);
+              ASSERT_EQ(s.begin == 0 && s.end == plan.units, plan.shares == 1);
+              ASSERT_FALSE(walk.at(1, s));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(GemmConfig, ChoiceIsOneOfTheConfigurations) {
   const DeviceInfo hopper{90, 132, "test", 30, 15};
   const DeviceInfo ampere{80, 108, "test"};
