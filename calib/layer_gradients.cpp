@@ -87,9 +87,10 @@ LayerGradients::LayerGradients(const formats::ModelConfig& config, const LayerWe
       threads_(threads),
       quantised_(activations == Activations::quantised) {}
 
-void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<const float> hidden,
-                         std::span<float> gradient, OutputSums* sums, WeightGradients* linears) {
-  const std::uint64_t width = config_.hidden;
+// visit(rows, first): some sequences at a time, `first` the first of them. Buffers are kept from batch to
+// batch.
+template <class Visit>
+void LayerGradients::in_batches(std::uint64_t count, std::uint64_t length, Visit visit) {
   const std::uint64_t at_once = std::max<std::uint64_t>(1, kBatchTokens / length);
   Rows at;
   for (std::uint64_t first = 0; first < count; first += at_once) {
@@ -97,6 +98,14 @@ void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<co
     at.sequences = std::min(at_once, count - first);
     at.length = length;
     at.rows = at.sequences * length;
+    visit(at, first);
+  }
+}
+
+void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<const float> hidden,
+                         std::span<float> gradient, OutputSums* sums, WeightGradients* linears) {
+  const std::uint64_t width = config_.hidden;
+  in_batches(count, length, [&](Rows& at, std::uint64_t first) {
     const float* h = hidden.data() + first * length * width;
     float* g = gradient.data() + first * length * width;
     forward(at, h);
@@ -128,24 +137,18 @@ void LayerGradients::run(std::uint64_t count, std::uint64_t length, std::span<co
         for (std::uint64_t c = 0; c < width; ++c) g[i * width + c] += through[c];
       }
     });
-  }
+  });
 }
 
 void LayerGradients::advance(std::uint64_t count, std::uint64_t length, std::span<float> hidden) {
   const std::uint64_t width = config_.hidden;
-  const std::uint64_t at_once = std::max<std::uint64_t>(1, kBatchTokens / length);
-  Rows at;
-  for (std::uint64_t first = 0; first < count; first += at_once) {
-    check_interrupt();
-    at.sequences = std::min(at_once, count - first);
-    at.length = length;
-    at.rows = at.sequences * length;
+  in_batches(count, length, [&](Rows& at, std::uint64_t first) {
     float* h = hidden.data() + first * length * width;
     forward(at, h);
     activate(at);
     project(kDown, at.act, at.y, at.rows);
     for (std::uint64_t i = 0; i < at.rows * width; ++i) h[i] = at.middle[i] + at.y[i];
-  }
+  });
 }
 
 void LayerGradients::add_gradient(LinearIndex which, const FloatBuffer& gradient, const FloatBuffer& x,

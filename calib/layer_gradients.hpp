@@ -48,6 +48,8 @@ class LayerGradients {
  private:
   struct Rows;  // activations of a batch
   void forward(Rows& at, const float* hidden);
+  template <class Visit>
+  static void in_batches(std::uint64_t count, std::uint64_t length, Visit visit);
   void activate(Rows& at);
   void round_inputs(FloatBuffer& x, std::uint64_t channels, std::uint64_t rows) const;
   void attention(Rows& at, bool backward);

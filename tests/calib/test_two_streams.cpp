@@ -37,6 +37,13 @@ Recipe plain_best() {
   return r;
 }
 
+Recipe tuned_best(std::uint64_t passes, double rate) {
+  Recipe r = plain_best();
+  r.tune_passes = passes;
+  r.tune_rate = rate;
+  return r;
+}
+
 void expect_same(const QuantizedLayer& a, const QuantizedLayer& b) {
   for (std::size_t i = 0; i < kLinears; ++i) {
     EXPECT_EQ(a[i].codes, b[i].codes) << i;
@@ -208,9 +215,7 @@ TEST_P(TwoStreamsTest, EachPartOfTheRecipeBringsTheModelNearer) {
 }
 
 TEST_P(TwoStreamsTest, TuningMovesCodesAloneAndPredictionsNearer) {
-  Recipe recipe = plain_best();
-  recipe.tune_passes = 6;
-  recipe.tune_rate = 0.01;
+  const Recipe recipe = tuned_best(6, 0.01);
   const Windows text = random_windows(64, 24, source_->config().vocab, 8);
   const TuningWork work = tuning_work(text, recipe);
   EXPECT_EQ(work.judged, 8U);
@@ -244,9 +249,7 @@ TEST_P(TwoStreamsTest, TuningMovesCodesAloneAndPredictionsNearer) {
 
 // So high a rate spoils everything: what the windows held back notice.
 TEST_P(TwoStreamsTest, TuningThatDoesHarmIsUndone) {
-  Recipe recipe = plain_best();
-  recipe.tune_passes = 1;
-  recipe.tune_rate = 1;
+  const Recipe recipe = tuned_best(1, 1);
   const Windows text = random_windows(16, 12, source_->config().vocab, 8);
   const std::vector<QuantizedLayer> before = nearest(recipe);
   TuningReport report;
@@ -257,9 +260,7 @@ TEST_P(TwoStreamsTest, TuningThatDoesHarmIsUndone) {
 }
 
 TEST_P(TwoStreamsTest, TuningDoesNotDependOnThreads) {
-  Recipe recipe = plain_best();
-  recipe.tune_passes = 1;
-  recipe.tune_rate = 0.1;
+  const Recipe recipe = tuned_best(1, 0.1);
   const Windows text = random_windows(16, 12, source_->config().vocab, 8);
   const std::vector<QuantizedLayer> before = nearest(recipe);
   TuningReport one;
